@@ -1,0 +1,101 @@
+"""Compiling kernels with numba, and keeping the machine code where a change of source misses it.
+
+The target is the host's, unless numba was told to compile for another CPU (NUMBA_CPU_NAME,
+NUMBA_CPU_FEATURES): then it follows those, which is how tests force the other lowerings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from llvmlite import binding
+from numba.core import config
+from platformdirs import user_cache_path
+
+_settings: Any = config  # its attributes are made at run time, unseen by type checkers
+
+
+def target_features() -> tuple[str, str]:
+    """(cpu name, comma-separated LLVM features) that numba compiles for."""
+    name = _settings.CPU_NAME or binding.get_host_cpu_name()
+    if _settings.CPU_FEATURES is not None:
+        return name, _settings.CPU_FEATURES
+    return name, binding.get_host_cpu_features().flatten() if _settings.CPU_NAME is None else ""
+
+
+def _choose_target() -> str:
+    features = set(target_features()[1].split(","))
+    if "+avxvnni" in features or {"+avx512vnni", "+avx512vl"} <= features:
+        return "vnni"
+    return "avx2" if {"+avx2", "+fma"} <= features else "plain"
+
+
+TARGET = _choose_target()
+HALF_INSTRUCTIONS = "+f16c" in target_features()[1].split(",")
+
+
+def kernel_sources() -> list[Path]:
+    """Every file whose code can end up inside a compiled kernel."""
+    package = Path(__file__).resolve().parent
+    formats = sorted((package.parent / "quant").glob("*.py")) or sorted(
+        (package / "quant").glob("*.py")
+    )
+    return [
+        package / n for n in ("jit.py", "simd.py", "ops.py", "kernels.py", "routing.py")
+    ] + formats
+
+
+def cache_folder(root: Path | None = None) -> Path:
+    """Where compiled kernels are kept: a folder named after all that their code depends on.
+
+    numba itself notices an edit in a kernel's own file, not in a file whose functions it inlines.
+    """
+    digest = hashlib.sha256()
+    for part in (numba.__version__, llvmlite.__version__, *target_features()):
+        digest.update(part.encode() + b"\0")
+    for source in kernel_sources():
+        if source.exists():
+            digest.update(source.read_bytes() + b"\0")
+    return (root or user_cache_path("moelite")) / "kernels" / digest.hexdigest()[:16]
+
+
+CACHE_FOLDER = cache_folder()
+
+
+def ours() -> bool:
+    """Whether kernels are compiled and kept by us: not switched off, not redirected by the user."""
+    return not (_settings.DISABLE_JIT or _settings.CACHE_DIR)
+
+
+@contextmanager
+def _our_cache() -> Iterator[None]:
+    # numba reads its cache folder when a function is decorated; other users of numba in this
+    # process keep theirs.
+    before = _settings.CACHE_DIR
+    _settings.CACHE_DIR = before or str(CACHE_FOLDER)
+    try:
+        yield
+    finally:
+        _settings.CACHE_DIR = before
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """njit for an entry point: without the GIL, cached on disk, IEEE arithmetic (no fastmath)."""
+    with _our_cache():
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+def inner(function: Callable[..., Any]) -> Any:
+    """njit for a function that only other kernels call: compiled into them, not cached alone."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """As `inner`, always inlined: for the bodies of innermost loops."""
+    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)

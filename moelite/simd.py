@@ -1,0 +1,341 @@
+"""A small SIMD vocabulary for numba: 256-bit vectors as values inside an njit kernel.
+
+Each word is an `@intrinsic` that emits LLVM IR. Float words are plain LLVM vector operations and
+give the same bits on every CPU (`llvm.fma` rounds once everywhere). Integer dot products have one
+lowering per target, all exact, so all equal:
+
+    vnni     x86 with AVX-VNNI or AVX-512-VNNI+VL: vpdpbusd, 32 products in one instruction
+    avx2     vpmaddubsw (int16 pair sums, which saturate: see `dot_u7`) + vpmaddwd
+    plain    widening multiplies in LLVM IR, for any other CPU
+
+The target is the host's, unless numba was told to compile for another CPU (NUMBA_CPU_NAME,
+NUMBA_CPU_FEATURES): then it follows those, which is how tests force `plain` and `avx2`.
+
+Values: f32x8 (8 float32), i32x8 (8 int32), i8x32 (32 bytes, signed or not as the word says).
+Loads and stores take a one-dimensional array and an ELEMENT offset into it, and check no bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from moelite.jit import HALF_INSTRUCTIONS, TARGET, inlined
+
+# --- vector types -------------------------------------------------------------------------------
+
+_ELEMENT = {"i8": ir.IntType(8), "i32": ir.IntType(32), "f32": ir.FloatType()}
+_I32 = ir.IntType(32)
+_I64 = ir.IntType(64)
+
+
+class Simd(types.Type):
+    """numba type of a vector of `count` elements."""
+
+    def __init__(self, element: str, count: int) -> None:
+        self.llvm = ir.VectorType(_ELEMENT[element], count)
+        super().__init__(name=f"{element}x{count}")
+
+
+@register_model(Simd)
+class _SimdModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Simd) -> None:
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+f32x8 = Simd("f32", 8)
+i32x8 = Simd("i32", 8)
+i8x32 = Simd("i8", 32)
+_F8, _I8, _B32 = f32x8.llvm, i32x8.llvm, i8x32.llvm
+_H8 = ir.VectorType(ir.HalfType(), 8)
+_W8 = ir.VectorType(ir.IntType(16), 8)
+_W16 = ir.VectorType(ir.IntType(16), 16)
+_W32 = ir.VectorType(ir.IntType(16), 32)
+
+
+def _splat(builder: Any, value: Any, vector: Any) -> Any:
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    mask = ir.Constant(ir.VectorType(_I32, vector.count), [0] * vector.count)
+    return builder.shuffle_vector(one, one, mask)
+
+
+def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+    kind = ir.FunctionType(result, [a.type for a in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def _word(result: Any, params: tuple[Any, ...], emit: Callable[..., Any]) -> Any:
+    """An intrinsic of fixed types: emit(builder, *llvm values) -> llvm value."""
+
+    def typer(*args: Any) -> Any:
+        return result(*params)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return emit(builder, *args)
+
+    names = ", ".join(f"a{i}" for i in range(len(params)))
+    scope: dict[str, Any] = {"typer": typer, "codegen": codegen}
+    # numba asks for a function with exactly as many parameters as the word has
+    exec(
+        f"def word(typingctx{', ' if names else ''}{names}): return typer({names}), codegen", scope
+    )
+    return intrinsic(scope["word"])
+
+
+def _pointer(context: Any, builder: Any, signature: Any, args: Any, vector: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.bitcast(builder.gep(array.data, [args[1]]), vector.as_pointer())
+
+
+def _loader(result: Any, memory: Any, widen: Callable[..., Any]) -> Any:
+    """An intrinsic word(array, offset): loads `memory`, an LLVM type, and makes it a `result`."""
+
+    @intrinsic
+    def load(typingctx, arr, off):
+        def codegen(context, builder, signature, args):
+            where = _pointer(context, builder, signature, args, memory)
+            return widen(builder, builder.load(where, align=1))
+
+        return result(arr, off), codegen
+
+    return load
+
+
+def _storer(value: Any, memory: Any, narrow: Callable[..., Any]) -> Any:
+    """An intrinsic word(array, offset, value): narrows the value and stores it as `memory`."""
+
+    @intrinsic
+    def store(typingctx, arr, off, val):
+        def codegen(context, builder, signature, args):
+            where = _pointer(context, builder, signature, args[:2], memory)
+            builder.store(narrow(builder, args[2]), where, align=1)
+            return context.get_dummy_value()
+
+        return types.void(arr, off, value), codegen
+
+    return store
+
+
+def _same(builder: Any, value: Any) -> Any:
+    return value
+
+
+def _bf16_to_f32(b: Any, v: Any) -> Any:
+    wide = b.zext(v, _I8)
+    return b.bitcast(b.shl(wide, ir.Constant(_I8, [16] * 8)), _F8)
+
+
+def _each(value: int) -> Any:
+    return ir.Constant(_I8, [value] * 8)
+
+
+def _half_to_f32(b: Any, v: Any) -> Any:
+    if HALF_INSTRUCTIONS:
+        return b.fpext(b.bitcast(v, _H8), _F8)
+    # without the instruction LLVM would call a library that is not there. The half's bits, moved to
+    # a float's place, times 2^112: right for normal and subnormal numbers.
+    wide = b.zext(v, _I8)
+    bits = b.shl(b.and_(wide, _each(0x7FFF)), _each(13))
+    finite = b.bitcast(b.fmul(b.bitcast(bits, _F8), ir.Constant(_F8, [2.0**112] * 8)), _I8)
+    special = b.icmp_unsigned(">=", bits, _each(0x7C00 << 13))
+    size = b.select(special, b.or_(bits, _each(0x7F800000)), finite)
+    return b.bitcast(b.or_(size, b.shl(b.and_(wide, _each(0x8000)), _each(16))), _F8)
+
+
+def _f32_to_half(b: Any, v: Any) -> Any:
+    if HALF_INSTRUCTIONS:
+        return b.bitcast(b.fptrunc(v, _H8), _W8)
+    raw = b.bitcast(v, _I8)
+    sign = b.lshr(b.and_(raw, _each(-0x80000000)), _each(16))
+    size = b.and_(raw, _each(0x7FFFFFFF))
+    odd = b.and_(b.lshr(size, _each(13)), _each(1))
+    normal = b.lshr(b.add(b.add(size, _each(0xFFF - (112 << 23))), odd), _each(13))
+    half = ir.Constant(_F8, [0.5] * 8)  # adding it rounds at a half's last subnormal bit, 2^-24
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, _F8), half), _I8), _each(0x3F000000))
+    out = b.select(b.icmp_unsigned("<", size, _each(113 << 23)), small, normal)
+    out = b.select(b.icmp_unsigned(">=", size, _each(0x477FF000)), _each(0x7C00), out)
+    out = b.select(b.icmp_unsigned(">", size, _each(0x7F800000)), _each(0x7E00), out)
+    return b.trunc(b.or_(out, sign), _W8)
+
+
+# --- float words --------------------------------------------------------------------------------
+
+load_f32 = _loader(f32x8, _F8, _same)
+load_f16 = _loader(f32x8, _W8, _half_to_f32)  # IEEE half, in a uint16 array
+load_bf16 = _loader(f32x8, _W8, _bf16_to_f32)  # in a uint16 array
+store_f32 = _storer(f32x8, _F8, _same)
+store_f16 = _storer(f32x8, _W8, _f32_to_half)
+splat_f32 = _word(f32x8, (types.float32,), lambda b, x: _splat(b, x, _F8))
+zero_f32 = _word(f32x8, (), lambda b: ir.Constant(_F8, [0.0] * 8))
+add_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.fadd(x, y))
+sub_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.fsub(x, y))
+mul_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.fmul(x, y))
+div_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.fdiv(x, y))
+fma_f32 = _word(  # x * y + z, rounded once
+    f32x8, (f32x8, f32x8, f32x8), lambda b, x, y, z: _call(b, "llvm.fma.v8f32", _F8, [x, y, z])
+)
+max_f32 = _word(  # where either is NaN: the second
+    f32x8, (f32x8, f32x8), lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y)
+)
+min_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
+abs_f32 = _word(f32x8, (f32x8,), lambda b, x: _call(b, "llvm.fabs.v8f32", _F8, [x]))
+round_f32 = _word(  # to the nearest integer, ties to even
+    f32x8, (f32x8,), lambda b, x: _call(b, "llvm.nearbyint.v8f32", _F8, [x])
+)
+
+
+def _fold(b: Any, v: Any, join: Callable[[Any, Any], Any]) -> Any:
+    for step in (4, 2, 1):
+        order = ir.Constant(ir.VectorType(_I32, 8), [(i + step) % 8 for i in range(8)])
+        v = join(v, b.shuffle_vector(v, v, order))
+    return b.extract_element(v, ir.Constant(_I32, 0))
+
+
+sum_f32 = _word(types.float32, (f32x8,), lambda b, v: _fold(b, v, b.fadd))
+largest_f32 = _word(
+    types.float32,
+    (f32x8,),
+    lambda b, v: _fold(b, v, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y)),
+)
+
+
+def _pow2(b: Any, v: Any) -> Any:
+    n = b.add(b.fptosi(v, _I8), ir.Constant(_I8, [127] * 8))
+    return b.bitcast(b.shl(n, ir.Constant(_I8, [23] * 8)), _F8)
+
+
+pow2_f32 = _word(f32x8, (f32x8,), _pow2)  # 2 ** v for whole v in [-126, 127]
+
+
+@inlined
+def exp_f32(x):
+    """e**x of 8 floats, relative error < 2e-7 on [-87, 88]; beyond, as at the nearer end.
+
+    x = n ln 2 + r, |r| <= ln(2)/2; e**r by its Taylor polynomial of degree 7 (remainder 5e-9).
+    """
+    x = max_f32(min_f32(x, splat_f32(numba.float32(88.0))), splat_f32(numba.float32(-87.0)))
+    n = round_f32(mul_f32(x, splat_f32(numba.float32(1.4426950408889634))))
+    r = fma_f32(n, splat_f32(numba.float32(-0.693145751953125)), x)
+    r = fma_f32(n, splat_f32(numba.float32(-1.428606765330187e-06)), r)
+    p = splat_f32(numba.float32(1.0 / 5040))
+    p = fma_f32(p, r, splat_f32(numba.float32(1.0 / 720)))
+    p = fma_f32(p, r, splat_f32(numba.float32(1.0 / 120)))
+    p = fma_f32(p, r, splat_f32(numba.float32(1.0 / 24)))
+    p = fma_f32(p, r, splat_f32(numba.float32(1.0 / 6)))
+    p = fma_f32(p, r, splat_f32(numba.float32(0.5)))
+    p = fma_f32(p, r, splat_f32(numba.float32(1.0)))
+    p = fma_f32(p, r, splat_f32(numba.float32(1.0)))
+    return mul_f32(p, pow2_f32(n))
+
+
+# --- integer words ------------------------------------------------------------------------------
+
+load_i8x32 = _loader(i8x32, _B32, _same)
+load_i8_as_f32 = _loader(
+    f32x8, ir.VectorType(ir.IntType(8), 8), lambda b, v: b.sitofp(b.sext(v, _I8), _F8)
+)  # 8 signed bytes
+store_f32_as_i8 = _storer(  # 8 whole floats in [-127, 127] to 8 signed bytes
+    f32x8,
+    ir.VectorType(ir.IntType(8), 8),
+    lambda b, v: b.trunc(b.fptosi(v, _I8), ir.VectorType(ir.IntType(8), 8)),
+)
+zero_i32 = _word(i32x8, (), lambda b: ir.Constant(_I8, [0] * 8))
+splat_i32 = _word(i32x8, (types.int32,), lambda b, x: _splat(b, x, _I8))
+sum_i32 = _word(types.int32, (i32x8,), lambda b, v: _fold(b, v, b.add))
+f32_as_i32 = _word(i32x8, (f32x8,), lambda b, v: b.fptosi(v, _I8))
+add_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.add(x, y))
+sub_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.sub(x, y))
+to_f32 = _word(f32x8, (i32x8,), lambda b, x: b.sitofp(x, _F8))
+splat_i8 = _word(i8x32, (types.int8,), lambda b, x: _splat(b, x, _B32))
+add_i8 = _word(i8x32, (i8x32, i8x32), lambda b, x, y: b.add(x, y))  # wraps
+low_nibbles = _word(i8x32, (i8x32,), lambda b, v: b.and_(v, ir.Constant(_B32, [15] * 32)))
+
+
+def _high(b: Any, v: Any) -> Any:
+    # a 16-bit shift then a mask: AVX2 has no byte shift
+    w = b.lshr(b.bitcast(v, _W16), ir.Constant(_W16, [4] * 16))
+    return b.and_(b.bitcast(w, _B32), ir.Constant(_B32, [15] * 32))
+
+
+high_nibbles = _word(i8x32, (i8x32,), _high)
+splat4 = _loader(i8x32, _I32, lambda b, v: b.bitcast(_splat(b, v, _I8), _B32))  # 4 bytes, 8 times
+load_table16 = _loader(  # a 16-byte table, in both halves
+    i8x32,
+    ir.VectorType(ir.IntType(8), 16),
+    lambda b, v: b.shuffle_vector(v, v, ir.Constant(ir.VectorType(_I32, 32), [*range(16)] * 2)),
+)
+
+
+def _lookup(b: Any, table: Any, index: Any) -> Any:
+    if TARGET != "plain":
+        return _call(b, "llvm.x86.avx2.pshuf.b", _B32, [table, index])
+    out = ir.Constant(_B32, ir.Undefined)
+    for i in range(32):
+        lane = ir.Constant(_I32, i)
+        at = b.zext(b.extract_element(index, lane), _I32)
+        out = b.insert_element(out, b.extract_element(table, at), lane)
+    return out
+
+
+lookup16 = _word(i8x32, (i8x32, i8x32), _lookup)  # table[index], indices 0..15
+
+
+def _dot4(b: Any, acc: Any, x: Any, y: Any, widen_x: Any) -> Any:
+    """acc[i] + sum of the 4 products of lane i, widened to 32 bits."""
+    wide = ir.VectorType(_I32, 32)
+    product = b.mul(widen_x(x, wide), b.sext(y, wide))
+    for start in range(4):
+        lanes = ir.Constant(ir.VectorType(_I32, 8), [4 * i + start for i in range(8)])
+        acc = b.add(acc, b.shuffle_vector(product, product, lanes))
+    return acc
+
+
+def _dot_u7(b: Any, acc: Any, w: Any, x: Any) -> Any:
+    if TARGET == "vnni":
+        args = [acc, b.bitcast(w, _I8), b.bitcast(x, _I8)]
+        return _call(b, "llvm.x86.avx512.vpdpbusd.256", _I8, args)
+    if TARGET == "avx2":
+        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", _W16, [w, x])
+        ones = ir.Constant(_W16, [1] * 16)
+        return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", _I8, [pairs, ones]))
+    return _dot4(b, acc, w, x, b.zext)
+
+
+dot_u7 = _word(i32x8, (i32x8, i8x32, i8x32), _dot_u7)
+"""acc + 8 dot products of 4: w unsigned <= 127, x signed in [-127, 127].
+
+On avx2 two products are first summed in int16: 2 * 127 * 127 = 32,258 < 32,768, so it is exact.
+"""
+
+
+def _dot_i8(b: Any, acc: Any, w: Any, x: Any) -> Any:
+    if TARGET == "plain":
+        return _dot4(b, acc, w, x, b.sext)
+    zero = ir.Constant(_B32, [0] * 32)
+    size = b.select(b.icmp_signed("<", w, zero), b.neg(w), w)
+    return _dot_u7(b, acc, size, _call(b, "llvm.x86.avx2.psign.b", _B32, [x, w]))
+
+
+dot_i8 = _word(i32x8, (i32x8, i8x32, i8x32), _dot_i8)
+"""acc + 8 dot products of 4, both signed in [-127, 127]: |w| times x with w's sign."""
+
+
+# --- sharing work between threads ---------------------------------------------------------------
+
+
+def _take(typingctx, counter, step):
+    def codegen(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", array.data, args[1], "monotonic")
+
+    return types.int64(counter, types.int64), codegen
+
+
+# take(counter, step): atomically adds step to counter[0] (int64) and returns what was there
+take: Any = intrinsic(_take)

@@ -1,0 +1,55 @@
+"""bf16: the upper half of a float32, row after row. 16 bits per weight.
+
+    w ~= float32(bits << 16), rounded to nearest even: |error| <= 2^-9 |w|
+
+Layout of a [O, I] matrix: uint16 [O, I], little endian. A bf16 checkpoint is kept bit for bit.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moelite.jit import inner
+from moelite.quant.base import F32, U8, check_packed, check_weight, pack_whole
+from moelite.quant.floats import make_multiply
+from moelite.simd import (
+    load_bf16,
+)
+
+multiply = make_multiply(load_bf16, 2)
+
+
+@inner
+def row(matrix, r, out):
+    _, packed, base, _, cols = matrix
+    bits = packed[base + r * cols * 2 : base + (r + 1) * cols * 2].view(np.uint16)
+    wide = out[:cols].view(np.uint32)
+    for c in range(cols):
+        wide[c] = np.uint32(bits[c]) << np.uint32(16)
+
+
+class BFloat16:
+    name = "bf16"
+    code = 1
+    quantized_input = False
+    multiply = staticmethod(multiply)
+    row = staticmethod(row)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        return rows * cols * 2
+
+    def pack(self, weight: F32) -> U8:
+        return pack_whole(self, check_weight(self.name, weight))
+
+    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+        bits = check_weight(self.name, weight).view(np.uint32)
+        odd = (bits >> 16) & 1  # ties go to the even neighbour
+        rounded = ((bits + (np.uint32(0x7FFF) + odd)) >> 16).astype(np.uint16)
+        packed.view(np.uint16).reshape(rows, cols)[start : start + len(weight)] = rounded
+
+    def unpack(self, packed: U8, rows: int, cols: int) -> F32:
+        bits = check_packed(self, packed, rows, cols).view(np.uint16).astype(np.uint32) << 16
+        return bits.view(np.float32).reshape(rows, cols)
+
+
+FORMAT = BFloat16()

@@ -1,0 +1,47 @@
+"""f32: float32 as it is, row after row. 32 bits per weight, no error.
+
+Layout of a [O, I] matrix: float32 [O, I], little endian.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moelite.jit import inner
+from moelite.quant.base import F32, U8, check_packed, check_weight, pack_whole
+from moelite.quant.floats import make_multiply
+from moelite.simd import (
+    load_f32,
+)
+
+multiply = make_multiply(load_f32, 4)
+
+
+@inner
+def row(matrix, r, out):
+    _, packed, base, _, cols = matrix
+    out[:cols] = packed[base + r * cols * 4 : base + (r + 1) * cols * 4].view(np.float32)
+
+
+class Float32:
+    name = "f32"
+    code = 0
+    quantized_input = False
+    multiply = staticmethod(multiply)
+    row = staticmethod(row)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        return rows * cols * 4
+
+    def pack(self, weight: F32) -> U8:
+        return pack_whole(self, check_weight(self.name, weight))
+
+    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+        weight = check_weight(self.name, weight)
+        packed.view(np.float32).reshape(rows, cols)[start : start + len(weight)] = weight
+
+    def unpack(self, packed: U8, rows: int, cols: int) -> F32:
+        return check_packed(self, packed, rows, cols).view(np.float32).reshape(rows, cols).copy()
+
+
+FORMAT = Float32()

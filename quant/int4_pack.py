@@ -1,0 +1,131 @@
+"""Choosing int4 codes and scales for a matrix, without calibration.
+
+A block's scale s is searched: for each candidate s = +-max|w| / c, round every w / s to the nearest
+table entry t; the best scale for those entries is (w.t) / (t.t) and what it explains of the block's
+energy is (w.t)^2 / (t.t). The candidate that explains most wins. Block scales are then rounded to
+int8 multiples of the row's scale, the neighbours of the rounded value are tried, and codes are
+chosen again for the scale that is really stored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moelite.jit import inner, kernel
+from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8, pad
+
+# Lloyd-Max fit to normal blocks of 32 under the search below, in 1/63 steps: mean square error
+# .0054 of the variance (22.7 dB) on such blocks, stored scales included.
+TABLE = np.array([-63, -51, -41, -32, -24, -17, -11, -5, 0, 6, 12, 18, 25, 33, 42, 54], np.int8)
+# The tried c: 6 give .00537, 9 give .00536 at 1.5 times the work, 20 give .00536.
+_STEPS = np.array([52, 56, 60, 64, 68, 73], np.float32)
+
+
+def _nearest() -> np.ndarray:
+    # index of the nearest entry to (i - 256) / 4, for i in 0..511: a quarter step is fine enough
+    grid = (np.arange(512) - 256) / 4
+    return np.abs(grid[:, None] - TABLE.astype(np.float64)).argmin(axis=1).astype(np.uint8)
+
+
+_NEAREST = _nearest()
+
+
+@inner
+def _code(value, inverse, nearest):
+    at = value * inverse * np.float32(4) + np.float32(256.5)
+    return nearest[int(min(max(at, np.float32(0)), np.float32(511)))]
+
+
+@inner
+def _search(block, table, nearest, steps):
+    # block [32] -> the scale that explains most of it
+    largest = np.float32(0)
+    for w in block:
+        largest = max(largest, abs(w))
+    best, scale = np.float32(-1), np.float32(0)
+    if largest == 0:
+        return scale
+    for i in range(2 * steps.size):
+        inverse = steps[i // 2] / largest
+        if i % 2:
+            inverse = -inverse
+        wt, tt = np.float32(0), np.float32(0)
+        for w in block:
+            t = np.float32(table[_code(w, inverse, nearest)])
+            wt += w * t
+            tt += t * t
+        if tt > 0 and wt * wt > best * tt:
+            best, scale = wt * wt / tt, wt / tt
+    return scale
+
+
+@inner
+def _encode(block, scale, table, nearest, codes):
+    # codes [32] for a given scale; returns the squared error
+    error = np.float32(0)
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    for i in range(block.size):
+        codes[i] = _code(block[i], inverse, nearest)
+        miss = block[i] - np.float32(table[codes[i]]) * scale
+        error += miss * miss
+    return error
+
+
+@kernel
+def _pack(weight, table, nearest, steps, codes, scales, row_scales):
+    # weight [n, blocks * 32] -> codes [n, blocks * 32] u8, scales [n, blocks] i8, row_scales [n]
+    found = np.empty(scales.shape[1], np.float32)
+    trial = np.empty(32, np.uint8)
+    for r in range(weight.shape[0]):
+        largest = np.float32(0)
+        for b in range(found.size):
+            found[b] = _search(weight[r, b * 32 : b * 32 + 32], table, nearest, steps)
+            largest = max(largest, abs(found[b]))
+        row_scale = largest / np.float32(127)
+        row_scales[r] = row_scale
+        for b in range(found.size):
+            block = weight[r, b * 32 : b * 32 + 32]
+            target = codes[r, b * 32 : b * 32 + 32]
+            middle = int(np.rint(found[b] / row_scale)) if row_scale > 0 else 0
+            least = np.float32(np.inf)
+            for s in range(max(middle - 1, -127), min(middle + 1, 127) + 1):
+                error = _encode(block, np.float32(s) * row_scale, table, nearest, trial)
+                if error < least:
+                    least = error
+                    scales[r, b] = s
+                    target[:] = trial
+
+
+def views(packed: U8, rows: int, cols: int) -> tuple[Any, ...]:
+    """codes [tiles, blocks, 4, 8, 4] uint8, block scales [tiles, blocks, 8] int8, row scales
+    [tiles * 8] float32 and table [16] int8 of a packed matrix, as writable views."""
+    tiles, blocks = pad(rows, TILE_ROWS) // TILE_ROWS, pad(cols, BLOCK) // BLOCK
+    ends = np.cumsum([tiles * blocks * 128, tiles * blocks * TILE_ROWS, tiles * TILE_ROWS * 4])
+    codes, scales, row_scales, table = np.split(packed, ends)
+    return (
+        codes.reshape(tiles, blocks, 4, TILE_ROWS, 4),
+        scales.view(np.int8).reshape(tiles, blocks, TILE_ROWS),
+        row_scales.view(np.float32),
+        table.view(np.int8),
+    )
+
+
+def encode_rows(packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+    """Chooses codes and scales for weight [n, I] and writes them as rows start..start + n."""
+    n, blocks = pad(len(weight), TILE_ROWS), pad(cols, BLOCK) // BLOCK
+    full = np.zeros((n, blocks * BLOCK), np.float32)
+    full[: len(weight), :cols] = weight
+    codes = np.empty((n, blocks * BLOCK), np.uint8)
+    scales = np.empty((n, blocks), np.int8)
+    row_scales = np.empty(n, np.float32)
+    _pack(full, TABLE, _NEAREST, _STEPS, codes, scales, row_scales)
+    codes_at, scales_at, rows_at, table_at = views(packed, rows, cols)
+    tiles = slice(start // TILE_ROWS, (start + n) // TILE_ROWS)
+    # [tile, row, block, pair, half, column] -> [tile, block, pair, row, column, half]
+    split = codes.reshape(-1, TILE_ROWS, blocks, 4, 2, 4).transpose(0, 2, 3, 1, 5, 4)
+    codes_at[tiles] = split[..., 0] | split[..., 1] << 4
+    scales_at[tiles] = scales.reshape(-1, TILE_ROWS, blocks).transpose(0, 2, 1)
+    rows_at[start : start + n] = row_scales
+    table_at[:] = TABLE
