@@ -1,0 +1,67 @@
+"""From router logits to the experts of each token and their weights.
+
+A row's result depends on that row alone, so it is the same in any chunk; ties go to the lower
+expert id, as a stable sort of the scores would have it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from moelite.arch import Router
+from moelite.jit import kernel
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+
+def route(router: Router, logits: F32) -> tuple[I32, F32]:
+    """logits [T, E] f32 -> selected_experts [T, K] i32 and routing_weights [T, K] f32.
+
+    Both by descending score. A row whose scores are undefined (a NaN or +inf among its logits)
+    selects experts 0..K-1 with NaN weights, so that the damage stays visible in the output.
+    ValueError if logits is not [T, E] for this router.
+    """
+    if logits.ndim != 2 or logits.shape[1] != router.linear.rows:
+        raise ValueError(f"route: logits {logits.shape} do not fit {router.linear.rows} experts")
+    tokens = logits.shape[0]
+    experts = np.empty((tokens, router.top_k), np.int32)
+    weights = np.empty((tokens, router.top_k), np.float32)
+    scores = np.empty(logits.shape[1], np.float32)
+    logits = np.ascontiguousarray(logits, np.float32)
+    _route(logits, router.renormalize, np.float32(router.scale), scores, experts, weights)
+    return experts, weights
+
+
+@kernel
+def _route(
+    logits: F32, renormalize: bool, scale: np.float32, scores: F32, experts: I32, weights: F32
+) -> None:
+    # logits [T, E] f32, scores [E] f32 scratch -> experts [T, K] i32, weights [T, K] f32
+    num_experts = logits.shape[1]
+    for t in range(logits.shape[0]):
+        highest = logits[t, 0]
+        for e in range(1, num_experts):
+            highest = max(highest, logits[t, e])
+        total = np.float32(0)
+        for e in range(num_experts):
+            scores[e] = np.exp(logits[t, e] - highest)
+            total += scores[e]
+        for e in range(num_experts):
+            scores[e] /= total
+        chosen = np.float32(0)
+        for k in range(experts.shape[1]):
+            best = -1
+            for e in range(num_experts):
+                # -1 marks the experts already chosen. Where all scores are NaN, `best < 0` takes
+                # the first that is left.
+                if scores[e] != np.float32(-1) and (best < 0 or scores[e] > scores[best]):
+                    best = e
+            experts[t, k] = best
+            weights[t, k] = scores[best]
+            chosen += scores[best]
+            scores[best] = np.float32(-1)
+        divisor = chosen if renormalize else np.float32(1)
+        for k in range(experts.shape[1]):
+            weights[t, k] = weights[t, k] / divisor * scale
