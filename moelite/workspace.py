@@ -1,0 +1,84 @@
+"""The buffers a forward pass writes to, allocated once for a chunk of tokens, and their size."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moelite.arch import Arch, GatedMLP, MoE
+from moelite.kernels import act_bytes, new_act
+from moelite.quant.base import F32, Act, pad
+
+
+def _mlp_shapes(arch: Arch, chunk: int) -> set[tuple[int, int]]:
+    """(rows, inner width) of every feed-forward part: the hidden activations it needs."""
+    shapes = set()
+    for layer in arch.layers:
+        mlp = layer.mlp
+        if isinstance(mlp, MoE):
+            shapes.add((chunk * mlp.router.top_k, mlp.experts.gate.rows))
+            if mlp.shared is not None:
+                shapes.add((chunk, mlp.shared.gate.rows))
+        else:
+            shapes.add((chunk, mlp.gate.rows))
+    return shapes
+
+
+def _widths(arch: Arch) -> tuple[int, int, int, int]:
+    """Largest (query width, key width, experts, top_k) over the layers, widths padded to 8."""
+    q = max(pad(layer.attention.q.rows, 8) for layer in arch.layers)
+    k = max(pad(layer.attention.k.rows, 8) for layer in arch.layers)
+    moes = [layer.mlp for layer in arch.layers if isinstance(layer.mlp, MoE)]
+    experts = max((pad(m.num_experts, 8) for m in moes), default=8)
+    return q, k, experts, max((m.router.top_k for m in moes), default=0)
+
+
+def workspace_bytes(arch: Arch, chunk: int, threads: int, context: int) -> int:
+    """Exact bytes of `Workspace(arch, chunk, threads, context)`."""
+    hidden = pad(arch.hidden_size, 8)
+    q, k, experts, top_k = _widths(arch)
+    rows = hidden * (2 + top_k) + q + 2 * k + experts + 8
+    total = 4 * chunk * rows + act_bytes(chunk, arch.hidden_size, quantized=True)
+    total += act_bytes(chunk, max(a.attention.o.cols for a in arch.layers), quantized=True)
+    for count, inner in _mlp_shapes(arch, chunk):
+        total += act_bytes(count, inner, quantized=True) + 4 * count * pad(inner, 32)
+    d8 = max(pad(a.attention.head_dim, 8) for a in arch.layers)
+    return total + 4 * threads * (context + 8 + d8)
+
+
+class Workspace:
+    """Buffers for up to `chunk` tokens. Widths are padded to 8 floats, activations to 32.
+
+    x [T, H8] residual; normed: Act of H; q, k, v [T, ...]; attended: Act of N * D; y [T, H8];
+    router_logits [T, E8]; parts [T * K, H8] expert outputs by token and rank;
+    hidden[(rows, inner)]: Act, up[(rows, inner)]: float32, of each feed-forward part.
+    """
+
+    def __init__(self, arch: Arch, chunk: int, threads: int, context: int) -> None:
+        self.chunk = chunk
+        hidden = pad(arch.hidden_size, 8)
+        q, k, experts, top_k = _widths(arch)
+        self.x = np.zeros((chunk, hidden), np.float32)
+        self.y = np.zeros((chunk, hidden), np.float32)
+        self.parts = np.zeros((chunk * top_k, hidden), np.float32)
+        self.q = np.zeros((chunk, q), np.float32)
+        self.k = np.zeros((chunk, k), np.float32)
+        self.v = np.zeros((chunk, k), np.float32)
+        self.router_logits = np.zeros((chunk, experts), np.float32)
+        self.shared_gate = np.zeros((chunk, 8), np.float32)
+        self.normed = new_act(chunk, arch.hidden_size, quantized=True)
+        self.attended = new_act(
+            chunk, max(layer.attention.o.cols for layer in arch.layers), quantized=True
+        )
+        self.hidden: dict[tuple[int, int], Act] = {}
+        self.up: dict[tuple[int, int], F32] = {}
+        for count, inner in _mlp_shapes(arch, chunk):
+            self.hidden[count, inner] = new_act(count, inner, quantized=True)
+            self.up[count, inner] = np.zeros(count * pad(inner, 32), np.float32)
+        d8 = max(pad(layer.attention.head_dim, 8) for layer in arch.layers)
+        self.scores = np.zeros((threads, context + 8 + d8), np.float32)
+        # positions 0..n: the source, target and place of rows that stay where they are
+        self.rows = np.arange(max(chunk * max(top_k, 1), 1), dtype=np.int32)
+
+    def mlp(self, part: GatedMLP, rows: int) -> tuple[Act, F32]:
+        """(hidden, up) of a feed-forward part computed over `rows` rows."""
+        return self.hidden[rows, part.gate.rows], self.up[rows, part.gate.rows]
