@@ -1,0 +1,231 @@
+"""Assembles a model from a store within a budget; owns its buffers, files and threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from moelite import warm
+from moelite.arch import Arch
+from moelite.budget import Footprint, Sizes, plan, quotas, refuse
+from moelite.cache import CacheStats, ExpertCache, allocate_arena
+from moelite.errors import CheckpointError, UsageError
+from moelite.kv import KVCache, KVFormat
+from moelite.machine import memory
+from moelite.model import Decoder
+from moelite.models import build
+from moelite.quant.base import F32, U8
+from moelite.session import Session
+from moelite.store import Store
+from moelite.threads import Team, default_threads
+from moelite.tokenizer import Tokenizer
+from moelite.units import parse_bytes
+from moelite.workspace import Workspace
+
+DEFAULT_CONTEXT = 4096
+READERS = 4  # drives need 2 to 8 reads in flight to reach their speed
+
+
+class _StoreWeights:
+    """Dense weights read from a store, each tensor into memory of its own."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def format_of(self, key: str) -> str:
+        return self._store.dense_entry(key).format
+
+    def read(self, key: str) -> U8:
+        return self._store.read_dense(key)
+
+
+class Model:
+    """A model in memory, within its budget. Close it, or use it as a context manager.
+
+    One thread at a time: generation, sessions and `forward` share one kv and one set of buffers.
+    """
+
+    def __init__(self, store: Store, arch: Arch, footprint: Footprint, kv: KVFormat) -> None:
+        self.store, self.arch, self.footprint = store, arch, footprint
+        self.context = footprint.context
+        self._tokenizer: Tokenizer | None = None
+        if "tokenizer.json" in store.manifest.files:
+            self._tokenizer = Tokenizer.from_files(store.sidecars())
+        self.team = Team(footprint.threads)
+        self.experts = ExpertCache(
+            arena=allocate_arena(footprint.slots, footprint.record_bytes),
+            record_bytes=footprint.record_bytes,
+            quotas=quotas(arch, footprint.slots),
+            read=store.read_record,
+            readers=READERS,
+        )
+        work = Workspace(arch, footprint.chunk, footprint.threads, self.context)
+        self._decoder = Decoder(
+            arch,
+            _StoreWeights(store),
+            self.experts,
+            store.layout,
+            work=work,
+            context=self.context,
+            team=self.team,
+        )
+        self._kv = KVCache(arch, self.context, kv)
+        self._session: Session | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. CheckpointError if its checkpoint came without one."""
+        if self._tokenizer is None:
+            raise CheckpointError(
+                f"{self.store.path} has no tokenizer.json",
+                fix="give token ids instead of text, or quantize a checkpoint that has one",
+            )
+        return self._tokenizer
+
+    def session(self) -> Session:
+        """A new, empty session. It takes over the model's kv from the one before."""
+        self._session = Session(self._decoder, self._kv, lambda: self._session)
+        return self._session
+
+    def forward(self, ids: Sequence[int]) -> F32:
+        """logits [T, V] float32 of the tokens `ids`, in a session of their own."""
+        return self.session().append(ids)
+
+    def stats(self) -> CacheStats:
+        """Expert cache counters since the model was loaded."""
+        return self.experts.stats
+
+    def generate(self, prompt: str | Sequence[int], **options: Any) -> Any:
+        """The Completion of a text or of token ids. Options: see moelite.SamplingOptions."""
+        from moelite import generate
+
+        return generate.complete(self, prompt, **options)
+
+    def stream(self, prompt: str | Sequence[int], **options: Any) -> Iterator[Any]:
+        """As `generate`, step by step."""
+        from moelite import generate
+
+        return generate.stream(self, prompt, **options)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        """The answer to a conversation of {"role", "content"} messages, by the model's template."""
+        from moelite import generate
+
+        return generate.chat(self, messages, **options)
+
+    def close(self) -> None:
+        """Ends threads and files, and gives the memory back."""
+        self.experts.close()
+        self.team.close()
+        self.store.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _context(arch: Arch, context: int | None) -> int:
+    if context is None:
+        return min(DEFAULT_CONTEXT, arch.max_positions)
+    if not 1 <= context <= arch.max_positions:
+        raise UsageError(
+            f"context {context} is not in 1..{arch.max_positions}, the positions this model knows"
+        )
+    return context
+
+
+def _budget(ram: str | int | None) -> int:
+    """Bytes named by `ram`; without it, four fifths of what is free now."""
+    machine = memory()
+    if ram is None:
+        return machine.available_bytes * 4 // 5
+    return parse_bytes(ram, total=machine.limit_bytes)
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return default_threads()
+    most = 4 * (os.cpu_count() or 1)
+    if not 1 <= threads <= most:
+        raise UsageError(f"threads {threads} is not in 1..{most}")
+    return threads
+
+
+def load(
+    path: str | Path,
+    *,
+    ram: str | int | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    kv: KVFormat = "f16",
+    chunk: int | None = None,
+    on_compile: Callable[[str], None] | None = None,
+) -> Model:
+    """Loads the store at `path` within `ram` (default: four fifths of free memory).
+
+    context: tokens to keep (default 4096, or all positions the model knows if fewer). kv: format of
+    keys and values. chunk: prompt tokens computed at once (default: by the budget). on_compile:
+    told about the one-time compilation of kernels. Raises BudgetError if it does not fit, naming
+    the minimum, and StoreError if `path` is not a sound store.
+    """
+    store = Store.open(Path(path))
+    try:
+        arch = build(store.config)
+        sizes = Sizes(
+            arch=arch,
+            expert_format=store.expert_format,
+            dense_format=store.dense_format,
+            tokenizer_bytes=len(store.sidecars().get("tokenizer.json", b"")),
+            context=_context(arch, context),
+            kv=kv,
+            threads=_threads(threads),
+        )
+        footprint = plan(sizes, _budget(ram), chunk)
+        if not footprint.fits:
+            raise refuse(footprint, store.path.name)
+        warm.ensure(footprint.budget_bytes, on_compile)
+        return Model(store, arch, footprint, kv)
+    except BaseException:
+        store.close()
+        raise
+
+
+def footprint(
+    path: str | Path,
+    *,
+    ram: str | int | None = None,
+    context: int | None = None,
+    kv: KVFormat = "f16",
+    threads: int | None = None,
+    experts: str = "int4",
+    dense: str = "int8",
+) -> Footprint:
+    """What the model at `path` takes, from headers alone; see Footprint.
+
+    path: a store, or a checkpoint folder, hub id or "smollm2-moe", as if quantized to `experts` and
+    `dense` (a store keeps its own formats).
+    """
+    from moelite.convert import read_config
+
+    config, formats, tokenizer_bytes = read_config(path, experts, dense)
+    arch = build(config)
+    sizes = Sizes(
+        arch=arch,
+        expert_format=formats[0],
+        dense_format=formats[1],
+        tokenizer_bytes=tokenizer_bytes,
+        context=_context(arch, context),
+        kv=kv,
+        threads=_threads(threads),
+    )
+    return plan(sizes, _budget(ram))

@@ -1,0 +1,76 @@
+"""How much memory this process may use: the machine's, or its control group's if that is less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+
+class Memory(NamedTuple):
+    """limit_bytes: the most this process can have; kind names what sets it; available_bytes: what
+    could be taken now without swapping."""
+
+    limit_bytes: int
+    kind: str
+    available_bytes: int
+
+
+def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Memory:
+    """The machine's memory as this process sees it. `root` and `own` are for tests."""
+    machine = psutil.virtual_memory()
+    best = Memory(machine.total, "physical", machine.available)
+    for folder, version in _groups(root, own):
+        names = ("memory.max", "memory.current", "inactive_file")
+        if version == 1:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        limit, used = _number(folder / names[0]), _number(folder / names[1])
+        if limit is None or limit >= best.limit_bytes:
+            continue
+        # file pages that can be dropped do not stand in the way
+        free = limit - (used or 0) + _stat(folder / "memory.stat", names[2])
+        best = Memory(limit, f"cgroup v{version}", max(0, min(free, best.available_bytes)))
+    return best
+
+
+def _groups(root: Path, own: Path) -> list[tuple[Path, int]]:
+    # every control group that holds this process, ancestors included: the tightest one counts
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return []
+    found: list[tuple[Path, int]] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, version = root, 2
+        elif "memory" in controllers.split(","):
+            base, version = root / "memory", 1
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        while folder != base and base in folder.parents:
+            found.append((folder, version))
+            folder = folder.parent
+        found.append((base, version))
+    return found
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _stat(file: Path, key: str) -> int:
+    try:
+        for line in file.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+    except (OSError, ValueError):
+        pass
+    return 0

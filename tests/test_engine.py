@@ -1,0 +1,241 @@
+"""A loaded model within its budget: same bits at every budget, promised sizes, clear refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_checkpoint
+
+import moelite
+from moelite.budget import RUNTIME_BYTES, Footprint, dense_bytes, quotas
+from moelite.cache import replay
+from moelite.engine import Model
+from moelite.errors import BudgetError, CheckpointError, StoreError, UsageError
+from moelite.kv import KVCache, kv_bytes
+from moelite.units import parse_bytes
+from moelite.workspace import Workspace, workspace_bytes
+
+IDS = np.random.default_rng(3).integers(0, 100, 41).tolist()
+
+
+@pytest.fixture(scope="module", params=["int4", "int8", "bf16", "f32"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine")
+    tiny_checkpoint.write_checkpoint(folder / "checkpoint", tiny_checkpoint.QWEN3_MOE)
+    (folder / "checkpoint" / "tokenizer.json").unlink()
+    dense = request.param if request.param in ("bf16", "f32") else "int8"
+    moelite.quantize(folder / "checkpoint", folder / "store", experts=request.param, dense=dense)
+    return folder / "store"
+
+
+def least(store: Path) -> Footprint:
+    return moelite.footprint(store, ram="1GiB", context=64, threads=2)
+
+
+def budgets(store: Path) -> list[int]:
+    """From the minimum to every expert resident, a record at a time where it matters."""
+    plan = least(store)
+    most = plan.experts_total + 3
+    return [plan.minimum_bytes + n * plan.record_bytes for n in (0, 1, 2, 3, 5, 8, most)]
+
+
+def test_logits_are_bit_equal_at_every_budget_chunk_and_thread_count(store: Path) -> None:
+    with moelite.load(store, ram="1GiB", context=64, threads=1, chunk=64) as model:
+        want = model.forward(IDS)
+        assert model.footprint.experts_resident == model.footprint.experts_total
+    assert np.isfinite(want).all()
+    assert np.abs(want).max() > 0.1
+    for n, budget in enumerate(budgets(store)):
+        with moelite.load(store, ram=budget, context=64, threads=1 + n % 2) as model:
+            np.testing.assert_array_equal(model.forward(IDS), want)
+            session = model.session()
+            got = [session.append(IDS[:7]), *(session.append([i]) for i in IDS[7:])]
+            np.testing.assert_array_equal(np.concatenate(got), want)
+
+
+def test_the_sweep_really_misses(store: Path) -> None:
+    """The lowest budget keeps hardly anything, the highest reads each record once."""
+    seen = []
+    for budget in budgets(store):
+        with moelite.load(store, ram=budget, context=64) as model:
+            session = model.session()
+            for i in IDS:
+                session.append([i])
+            seen.append(model.stats())
+    assert 0 < seen[0].hits < seen[0].misses // 5  # one slot is kept, for the first layer
+    assert seen[-1].misses <= least(store).experts_total
+    assert [s.misses for s in seen] == sorted((s.misses for s in seen), reverse=True)
+    assert all(s.bytes_read == s.misses * least(store).record_bytes for s in seen)
+
+
+def test_counters_equal_an_offline_replay(store: Path) -> None:
+    for budget in budgets(store)[2:5]:
+        with moelite.load(store, ram=budget, context=64) as model:
+            trace: list[tuple[int, list[int]]] = []
+            inner = model.experts.batches
+
+            def record(layer, experts, trace=trace, inner=inner):
+                trace.append((layer, list(experts)))
+                return inner(layer, experts)
+
+            model.experts.batches = record  # type: ignore[method-assign]
+            session = model.session()
+            session.append(IDS[:9])
+            for i in IDS[9:]:
+                session.append([i])
+            stats, share = model.stats(), quotas(model.arch, model.footprint.slots)
+        assert replay(trace, share) == (stats.hits, stats.misses)
+        assert stats.hits > 0
+        assert stats.misses > 0
+
+
+def test_buffers_have_the_promised_size(store: Path) -> None:
+    def size(buffer: object) -> int:
+        if isinstance(buffer, np.ndarray):
+            return buffer.nbytes
+        if isinstance(buffer, dict):
+            return sum(map(size, buffer.values()))
+        return sum(map(size, buffer)) if isinstance(buffer, tuple | list) else 0
+
+    with moelite.load(store, ram="1GiB", context=64, threads=2) as model:
+        parts = {p.name: p.bytes for p in model.footprint.parts}
+        work = Workspace(model.arch, 32, 2, 64)
+        held = sum(size(v) for k, v in vars(work).items() if k != "rows")
+        assert held == workspace_bytes(model.arch, 32, 2, 64)
+        kv = KVCache(model.arch, 64, "f16")
+        assert size(kv.k) + size(kv.v) == kv_bytes(model.arch, 64, "f16") == parts["kv"]
+        dense = sum(model.store.dense_entry(k).nbytes for k in model.store.dense_keys())
+        assert dense == dense_bytes(model.arch, model.store.dense_format) == parts["dense weights"]
+        assert model.experts.arena.size == parts["experts"]
+        assert model.footprint.used_bytes <= model.footprint.budget_bytes
+
+
+def test_footprint_of_checkpoint_and_store_agree(store: Path) -> None:
+    if not store.parent.joinpath("store").exists():
+        pytest.skip("store moved")
+    model = moelite.footprint(store, ram="1GiB", context=64)
+    same = moelite.footprint(
+        store.parent / "checkpoint",
+        ram="1GiB",
+        context=64,
+        experts=model.expert_format,
+        dense=model.dense_format,
+    )
+    assert same == model
+
+
+def test_below_the_minimum_it_refuses_with_the_minimum(store: Path) -> None:
+    minimum = least(store).minimum_bytes
+    with moelite.load(store, ram=minimum, context=64, threads=2) as model:
+        assert model.footprint.slots == 2
+    with pytest.raises(BudgetError, match="needs at least") as refused:
+        moelite.load(store, ram=minimum - 1, context=64, threads=2)
+    assert refused.value.exit_code == 3
+    named = refused.value.fix.split("--ram ")[1].split(",")[0]
+    moelite.load(store, ram=parse_bytes(named), context=64, threads=2).close()
+    with pytest.raises(BudgetError, match="more than this machine has"):
+        moelite.load(store, ram="4096TiB", context=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"context": 0}, "context 0 is not in 1..128"),
+        ({"context": 129}, "context 129 is not in 1..128"),
+        ({"threads": 0}, "threads 0"),
+        ({"ram": "much"}, "'much' is not a size"),
+        ({"ram": "0GiB"}, "above zero"),
+    ],
+)
+def test_bad_options_are_refused(store: Path, options: dict, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        moelite.load(store, **options)
+
+
+def test_sessions(store: Path) -> None:
+    with moelite.load(store, ram="1GiB", context=32) as model:
+        first = model.session()
+        kept = first.append(IDS[:20])
+        assert first.ids == IDS[:20]
+        first.truncate(12)
+        np.testing.assert_array_equal(first.append(IDS[12:20]), kept[12:])
+        with pytest.raises(UsageError, match=r"20 \+ 13 tokens do not fit the context of 32"):
+            first.append(IDS[:13])
+        assert first.ids == IDS[:20]  # a refused append loses nothing
+        with pytest.raises(UsageError, match=r"must be 0\.\.100"):
+            first.append([5, 101])
+        with pytest.raises(UsageError, match="no tokens"):
+            first.advance([])
+        second = model.session()
+        np.testing.assert_array_equal(second.advance(IDS[:20]), kept[-1])
+        with pytest.raises(UsageError, match="taken over by a newer one"):
+            first.append([1])
+
+
+def test_each_streams_the_same_logits(store: Path) -> None:
+    with moelite.load(store, ram="1GiB", context=64, chunk=16) as model:
+        rows: list[np.ndarray] = []
+        model.session().each(IDS, lambda i, row: rows.append(row.copy()))
+        np.testing.assert_array_equal(np.array(rows), model.forward(IDS))
+
+
+def test_half_precision_kv_is_close_to_full(store: Path) -> None:
+    with moelite.load(store, ram="1GiB", context=64, kv="f32") as model:
+        full = model.forward(IDS)
+    with moelite.load(store, ram="1GiB", context=64) as model:
+        half = model.forward(IDS)
+    assert 0 < np.abs(half - full).max() < 0.02 * np.abs(full).max()
+
+
+def test_a_store_without_tokenizer_takes_ids_only(store: Path) -> None:
+    with moelite.load(store, ram="1GiB") as model:
+        assert model.forward([1, 2]).shape == (2, 101)
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+            model.tokenizer.encode("text", special=True)
+
+
+def test_damage_is_an_error_and_not_a_token(store: Path, tmp_path: Path) -> None:
+    """A layer file deleted while the model runs: the reads that need it fail by name."""
+    import shutil
+
+    copy = tmp_path / "store"
+    shutil.copytree(store, copy)
+    with moelite.load(copy, ram=least(store).minimum_bytes, context=64) as model:
+        (copy / "experts-00002.safetensors").unlink()
+        with pytest.raises(StoreError, match="experts-00002"):
+            model.forward(IDS)
+
+
+def test_closing_gives_threads_back(store: Path) -> None:
+    import threading
+
+    before = threading.active_count()
+    model: Model = moelite.load(store, ram="1GiB", context=64, threads=2)
+    model.forward(IDS)
+    model.close()
+    for thread in threading.enumerate():
+        if thread.daemon:
+            thread.join(1)
+    assert threading.active_count() <= before
+
+
+def test_the_runtime_estimate_holds(store: Path) -> None:
+    """A fresh process that runs a tiny model peaks below what the plan calls runtime."""
+    code = (
+        "import sys, json, moelite\n"
+        "from moelite.process import peak_rss_bytes\n"
+        "import rich.live, rich.markdown, prompt_toolkit, jinja2, typer, tokenizers\n"
+        f"with moelite.load({str(store)!r}, ram='1GiB', context=64) as m:\n"
+        f"    s = m.session(); s.append({IDS!r}); s.truncate(0); s.append([1])\n"
+        "print(json.dumps(peak_rss_bytes()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout)
+    assert peak < RUNTIME_BYTES
+    assert peak > RUNTIME_BYTES // 2  # and the estimate is not idle padding

@@ -1,0 +1,62 @@
+"""The memory limit of a control group counts as the machine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from moelite.machine import memory
+
+
+def groups(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "cg").mkdir()
+    return tmp_path / "cg"
+
+
+def test_without_groups_it_is_the_machine(root: Path, tmp_path: Path) -> None:
+    found = memory(root, tmp_path / "missing")
+    assert found.kind == "physical"
+    assert found.limit_bytes == psutil.virtual_memory().total
+
+
+def test_version_2_takes_the_tightest_ancestor(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/user/app\n")
+    groups(
+        root,
+        {
+            "user/app/memory.max": "max\n",
+            "user/memory.max": "1000000\n",
+            "user/memory.current": "400000\n",
+            "user/memory.stat": "anon 5\ninactive_file 100000\n",
+        },
+    )
+    found = memory(root, tmp_path / "own")
+    assert found == (1_000_000, "cgroup v2", 700_000)
+
+
+def test_version_1(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("5:cpu,cpuacct:/a\n4:memory:/box\n")
+    groups(
+        root,
+        {
+            "memory/box/memory.limit_in_bytes": "2000000",
+            "memory/box/memory.usage_in_bytes": "500000",
+            "memory/memory.limit_in_bytes": "9223372036854771712",
+        },
+    )
+    assert memory(root, tmp_path / "own") == (2_000_000, "cgroup v1", 1_500_000)
+
+
+def test_a_group_above_the_machine_does_not_count(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "own").write_text("0::/\n")
+    groups(root, {"memory.max": str(1 << 60)})
+    assert memory(root, tmp_path / "own").kind == "physical"
