@@ -1,0 +1,12 @@
+"""The expert cache: which experts are in memory, and how the others get there."""
+
+from __future__ import annotations
+
+if __name__ != "moelite.cache":
+    raise ImportError("import moelite.cache, not cache (run `pip install -e .` first)")
+
+from moelite.cache.loader import ExpertCache, allocate_arena
+from moelite.cache.lru import LayerLRU, Lookup, replay
+from moelite.cache.stats import CacheStats
+
+__all__ = ["CacheStats", "ExpertCache", "LayerLRU", "Lookup", "allocate_arena", "replay"]

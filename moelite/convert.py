@@ -1,0 +1,387 @@
+"""Checkpoint to store: expert by expert, within a memory budget, resumable.
+
+A file is written under a temporary name, synced and renamed; the journal (moelite.partial.json)
+then takes it down as finished. A killed run goes on at the first file that the journal lacks, and
+the result is byte-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from platformdirs import user_cache_path
+
+from moelite.arch import Linear, TensorRef
+from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
+from moelite.errors import MoeliteError, StoreError
+from moelite.hub import Progress, resolve
+from moelite.inventory import Inventory, expert_parts, take_inventory
+from moelite.packing import (
+    TEMPORARY,
+    locked,
+    new_file,
+    pack,
+    pack_dense,
+    replace_file,
+    size_of,
+    sync_folder,
+    workers,
+)
+from moelite.process import peak_rss_bytes
+from moelite.quant import FORMATS
+from moelite.store import Store
+from moelite.storefile import (
+    DENSE,
+    MANIFEST,
+    PARTIAL,
+    VERSION,
+    FileEntry,
+    Manifest,
+    TensorClass,
+    check_version,
+    dense_header,
+    describe,
+    dump,
+    file_entry,
+    file_json,
+    layer_file,
+    layer_header,
+    manifest_bytes,
+    packed_bytes,
+    read_json,
+    read_manifest,
+    spans,
+)
+from moelite.tensorfile import pwrite_all, read_header
+from moelite.units import show_bytes
+
+BUILTIN = "smollm2-moe"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeReport:
+    """What quantize did, or with dry_run would do.
+
+    reused: the store was finished already. resumed: files kept from an interrupted run. ignored:
+    tensors of the checkpoint that the model does not use.
+    """
+
+    source: str
+    out: str
+    experts: str
+    dense: str
+    classes: tuple[TensorClass, ...]
+    ignored: tuple[str, ...]
+    layers: int
+    seconds: float
+    peak_rss_bytes: int
+    resumed: int = 0
+    reused: bool = False
+    dry_run: bool = False
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(c.bytes_before for c in self.classes)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(c.bytes_after for c in self.classes)
+
+
+def open_source(
+    src: Source | str | Path, *, offline: bool = False, progress: Progress | None = None
+) -> Source:
+    """The checkpoint that `src` means: a folder, a hub id, "smollm2-moe", or a Source itself."""
+    if not isinstance(src, str | Path):
+        return src
+    if str(src) == BUILTIN and not Path(src).exists():
+        from moelite.demo import open_builtin
+
+        def fetching(done: int, total: int) -> None:
+            if progress is not None:
+                progress(done, total, "fetching the base model")
+
+        found: Source = open_builtin(user_cache_path("moelite"), offline=offline, progress=fetching)
+        return found
+    return open_checkpoint(resolve(str(src), offline=offline, progress=progress))
+
+
+def read_config(
+    path: str | Path, experts: str, dense: str, *, offline: bool = False
+) -> tuple[dict[str, Any], tuple[str, str], int]:
+    """(config, (expert format, dense format), bytes of tokenizer.json) of a store or a checkpoint.
+
+    A store keeps its own formats. Of a hub id only the small files are fetched.
+    """
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).exists():
+        manifest = read_manifest(folder / MANIFEST)
+        size = manifest.files.get("tokenizer.json", FileEntry(bytes=0, sha256="")).bytes
+        return read_json(folder / "config.json"), (manifest.experts, manifest.dense), size
+    if not folder.exists() and str(path) == BUILTIN:
+        source = open_source(BUILTIN, offline=offline)
+        return source.config, (experts, dense), len(source.files.get("tokenizer.json", b""))
+    folder = resolve(str(path), offline=offline, weights=False)
+    files, config = read_sidecars(folder)
+    return config, (experts, dense), len(files.get("tokenizer.json", b""))
+
+
+def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
+    src: Source | str | Path,
+    out: str | Path,
+    *,
+    experts: str = "int4",
+    dense: str = "int8",
+    ram: str | int | None = "2GiB",
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    offline: bool = False,
+) -> QuantizeReport:
+    """Write the store of a checkpoint; peak memory of this process stays below `ram`.
+
+    src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. dry_run: only report sizes.
+    progress: called with (source bytes done, in all, what is being packed).
+
+    Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
+    `open_checkpoint` and `take_inventory` raise.
+    """
+    start = time.perf_counter()
+    out = Path(out)
+    source = open_source(src, offline=offline, progress=progress)
+    inventory = take_inventory(source, experts, dense)
+    state = _State()
+    if not dry_run:
+        job = _Job(source, inventory, out, progress or _silent)
+        try:
+            state = job.run(ram)
+        except OSError as problem:
+            raise StoreError(
+                f"{out} cannot be written: {problem}", fix="check the disk"
+            ) from problem
+    return QuantizeReport(
+        source=source.source,
+        out=str(out),
+        experts=experts,
+        dense=dense,
+        classes=inventory.classes,
+        ignored=inventory.ignored,
+        layers=len(inventory.layers),
+        seconds=time.perf_counter() - start,
+        peak_rss_bytes=peak_rss_bytes(),
+        resumed=0 if state.finished else len(state.kept),
+        reused=state.finished,
+        dry_run=dry_run,
+    )
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    pass
+
+
+@dataclass(slots=True)
+class _State:
+    """What is in the folder already."""
+
+    finished: bool = False
+    kept: dict[str, FileEntry] = field(default_factory=dict)
+
+
+class _Job:
+    """One run of quantize."""
+
+    def __init__(self, source: Source, inventory: Inventory, out: Path, progress: Progress) -> None:
+        self.source = source
+        self.inventory = inventory
+        self.out = out
+        self.progress = progress
+        self.files: dict[str, FileEntry] = {}
+        self.done_bytes = 0
+        self.workers = 1
+
+    def run(self, ram: str | int | None) -> _State:
+        state = self._existing()
+        if state.finished:
+            return state
+        self.files = dict(state.kept)
+        self.workers = workers(self.inventory, self.source, ram)
+        self._check_disk(state)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with locked(self.out):
+            for left in self.out.glob(f"*{TEMPORARY}"):
+                left.unlink()
+            self._journal()
+            for name, data in self.source.files.items():
+                replace_file(self.out / name, data)
+                self.files[name] = describe(self.out / name, [])
+            self._step(DENSE, _source_bytes(self.source, self._dense_refs()), self._dense)
+            for layer in self.inventory.layers:
+                refs = self._expert_refs(layer)
+                self._step(layer_file(layer), _source_bytes(self.source, refs), self._layer, layer)
+            replace_file(self.out / MANIFEST, manifest_bytes(self._manifest()))
+            (self.out / PARTIAL).unlink(missing_ok=True)
+            sync_folder(self.out)
+        Store.open(self.out).close()
+        return state
+
+    def _step(self, name: str, size: int, write: Callable[..., None], *args: Any) -> None:
+        """Write one file unless it is there, and take it down in the journal."""
+        begin = self.done_bytes
+        if name not in self.files:
+            write(*args)
+            header = read_header(self.out / name, StoreError)
+            self.files[name] = describe(self.out / name, list(spans(header)))
+            self._journal()
+        self.done_bytes = begin + size
+        self.progress(self.done_bytes, self.inventory.source_bytes, name)
+
+    # --- what is there already ---
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "source": self.source.source,
+            "fingerprint": self.inventory.fingerprint,
+            "experts": self.inventory.experts,
+            "dense": self.inventory.dense,
+        }
+
+    def _existing(self) -> _State:
+        """Finished, begun or nothing. Raises StoreError for a folder that is not this store's."""
+        if self.out.exists() and not self.out.is_dir():
+            raise StoreError(f"{self.out} is a file", fix="name a new folder")
+        entries = {p.name for p in self.out.iterdir()} if self.out.exists() else set()
+        if not entries - {PARTIAL + TEMPORARY}:
+            return _State()
+        if MANIFEST in entries:
+            manifest = read_manifest(self.out / MANIFEST)
+            self._refuse_other({k: getattr(manifest, k) for k in self._identity()})
+            files = manifest.files
+        elif PARTIAL in entries:
+            raw = read_json(self.out / PARTIAL)
+            check_version(self.out / PARTIAL, raw)
+            self._refuse_other(raw)
+            files = {name: file_entry(entry) for name, entry in raw.get("files", {}).items()}
+        else:
+            raise StoreError(
+                f"{self.out} is not empty and not a store: it holds {sorted(entries)[0]}",
+                fix="name a new folder; nothing was touched",
+            )
+        kept = {n: e for n, e in files.items() if size_of(self.out / n) == e.bytes}
+        return _State(finished=MANIFEST in entries and kept == files, kept=kept)
+
+    def _refuse_other(self, found: dict[str, Any]) -> None:
+        def show(facts: dict[str, Any]) -> str:
+            source, experts, dense = (facts.get(key) for key in ("source", "experts", "dense"))
+            return f"{source} with experts {experts}, dense {dense}"
+
+        wanted = self._identity()
+        if any(found.get(key) != value for key, value in wanted.items()):
+            other = "" if show(found) != show(wanted) else " (the same name, other weights)"
+            raise StoreError(
+                f"{self.out} is the store of {show(found)}; asked for {show(wanted)}{other}",
+                fix="name a new folder, or delete this one",
+            )
+
+    def _check_disk(self, state: _State) -> None:
+        place = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
+        need = self.inventory.store_bytes - sum(e.bytes for e in state.kept.values())
+        free = shutil.disk_usage(place).free
+        if need > free:
+            raise MoeliteError(
+                f"{self.out} takes {show_bytes(need)} of disk; {show_bytes(free)} are free",
+                fix="make room, or choose a folder on another disk",
+            )
+
+    # --- writing ---
+
+    def _journal(self) -> None:
+        files = {name: file_json(e) for name, e in self.files.items() if e.crc32}
+        replace_file(
+            self.out / PARTIAL, dump({"store_version": VERSION, **self._identity(), "files": files})
+        )
+
+    def _manifest(self) -> Manifest:
+        inv = self.inventory
+        return Manifest(
+            source=self.source.source,
+            fingerprint=inv.fingerprint,
+            experts=inv.experts,
+            dense=inv.dense,
+            layout=inv.layout,
+            layers={i: mlp.num_experts for i, mlp in inv.layers.items()},
+            classes=inv.classes,
+            tensors={key: item.spec for key, item in inv.items.items()},
+            files=dict(sorted(self.files.items())),
+        )
+
+    def _dense_refs(self) -> Iterator[tuple[TensorRef, tuple[int, ...]]]:
+        for item in self.inventory.items.values():
+            yield item.ref, item.spec.shape
+
+    def _expert_refs(self, layer: int) -> Iterator[tuple[TensorRef, tuple[int, ...]]]:
+        mlp = self.inventory.layers[layer]
+        for expert in range(mlp.num_experts):
+            yield from self._one_expert(layer, expert)
+
+    def _one_expert(self, layer: int, expert: int) -> Iterator[tuple[TensorRef, tuple[int, ...]]]:
+        for part, _ in expert_parts(self.inventory.layout, self.inventory.layers[layer].experts):
+            yield part.weight.at(expert), (part.rows, part.cols)
+
+    def _dense(self) -> None:
+        items = self.inventory.items
+        header, offsets = dense_header({key: item.spec for key, item in items.items()})
+        last = max(offsets, key=lambda key: offsets[key])
+        size = offsets[last] + packed_bytes(items[last].spec.format, items[last].spec.shape)
+        with new_file(self.out / DENSE, size) as fd:
+            pwrite_all(fd, header, 0)
+
+            def one(key: str) -> int:
+                item = items[key]
+                pack_dense(fd, offsets[key], self.source, item)
+                return _source_bytes(self.source, [(item.ref, item.spec.shape)])
+
+            self._each(items, one, "attention, embeddings and the rest")
+
+    def _layer(self, layer: int) -> None:
+        layout, mlp = self.inventory.layout, self.inventory.layers[layer]
+        fmt = FORMATS[layout.format]
+        header, at = layer_header(mlp.num_experts, layout.record_bytes)
+        size = at + mlp.num_experts * layout.record_bytes
+        with new_file(self.out / layer_file(layer), size) as fd:
+            pwrite_all(fd, header, 0)
+
+            def one(expert: int) -> int:
+                record = np.zeros(layout.record_bytes, np.uint8)
+                for part, begin in expert_parts(layout, mlp.experts):
+                    end = begin + fmt.nbytes(part.rows, part.cols)
+                    pack(fmt, self.source, _at(part, expert), record[begin:end])
+                pwrite_all(fd, record.data, at + expert * layout.record_bytes)
+                return _source_bytes(self.source, self._one_expert(layer, expert))
+
+            self._each(range(mlp.num_experts), one, f"layer {layer}")
+
+    def _each(self, keys: Iterable[Any], one: Callable[[Any], int], note: str) -> None:
+        """Run `one` on every key, on as many threads as memory permits; it returns bytes done."""
+        done = self.done_bytes
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="moelite-pack")
+        try:
+            for future in as_completed([pool.submit(one, key) for key in keys]):
+                done += future.result()
+                self.progress(done, self.inventory.source_bytes, note)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _at(part: Linear, expert: int) -> tuple[TensorRef, int, int]:
+    return part.weight.at(expert), part.rows, part.cols
+
+
+def _source_bytes(source: Source, parts: Iterable[tuple[TensorRef, tuple[int, ...]]]) -> int:
+    return sum(math.prod(shape) * READABLE[source.dtype(ref.name)] for ref, shape in parts)

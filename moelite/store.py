@@ -1,0 +1,210 @@
+"""The store: what `quantize` writes and a run reads.
+
+One folder: moelite.json (the manifest), dense.safetensors (everything but routed experts), one
+experts-NNNNN.safetensors per MoE layer with one record per expert, and the checkpoint's own small
+files unchanged. Every file is valid safetensors or JSON.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moelite.errors import StoreError
+from moelite.quant.base import ALIGN, U8
+from moelite.storefile import (
+    DENSE,
+    EXPERTS,
+    MANIFEST,
+    PARTIAL,
+    Manifest,
+    describe,
+    layer_file,
+    packed_bytes,
+    read_json,
+    read_manifest,
+    spans,
+)
+from moelite.tensorfile import Header, TensorInfo, pread_into, read_header
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class ExpertKey:
+    """Names one routed expert."""
+
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenseEntry:
+    """A tensor as `read_dense` returns it: nbytes of `format`, logical `shape`."""
+
+    format: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class Store:
+    """An open store. Reads are positional, thread-safe, and checked for length."""
+
+    def __init__(self, path: Path, manifest: Manifest, config: dict[str, Any]) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.config = config
+        self.layout = manifest.layout
+        self.expert_format = manifest.experts
+        self.dense_format = manifest.dense
+        self._files: dict[str, tuple[int, Header]] = {}
+        self._lock = threading.Lock()
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open a finished store; reads headers, no weights.
+
+        Raises StoreError if it is none, is unfinished, of another version, or a file is missing or
+        cut short.
+        """
+        if not (path / MANIFEST).is_file():
+            raise _no_store(path)
+        manifest = read_manifest(path / MANIFEST)
+        for name in [DENSE, *map(layer_file, manifest.layers), *manifest.files]:
+            entry = manifest.files.get(name)
+            if entry is None or Path(name).name != name:
+                raise StoreError(f"{path / MANIFEST} is damaged: no proper entry for {name!r}")
+            found = (path / name).stat().st_size if (path / name).is_file() else None
+            if found != entry.bytes:
+                state = "is missing" if found is None else f"has {found} bytes, not {entry.bytes}"
+                raise StoreError(f"{path / name} {state}", fix="quantize the checkpoint again")
+        return cls(path, manifest, read_json(path / "config.json"))
+
+    def dense_keys(self) -> list[str]:
+        """Keys of the dense tensors: TensorRef.key."""
+        return list(self.manifest.tensors)
+
+    def dense_entry(self, key: str) -> DenseEntry:
+        """Format, logical shape and bytes of a dense tensor. Raises StoreError if there is none."""
+        spec = self.manifest.tensors.get(key)
+        if spec is None:
+            raise StoreError(f"{self.path / DENSE} has no tensor {key!r}")
+        size = packed_bytes(spec.format, spec.shape)
+        return DenseEntry(format=spec.format, shape=spec.shape, nbytes=size)
+
+    def read_dense(self, key: str, *, verify: bool = False) -> U8:
+        """A dense tensor's packed bytes, uint8 [nbytes], starting on a cache line.
+
+        verify: also compare with the checksum taken when it was written.
+        """
+        entry = self.dense_entry(key)
+        fd, header = self._open(DENSE)
+        info = header.tensors.get(key)
+        if info is None or info.nbytes != entry.nbytes:
+            raise StoreError(f"{self.path / DENSE}: tensor {key!r} is not {entry.nbytes} bytes")
+        out = _aligned(entry.nbytes)
+        index = list(header.tensors).index(key) if verify else None
+        self._fill(fd, out, info.offset, (DENSE, f"tensor {key!r}", index))
+        return out
+
+    def read_record(self, key: ExpertKey, out: U8, *, verify: bool = False) -> None:
+        """One expert's record into out[:record_bytes].
+
+        verify: also compare with the checksum taken when it was written. Raises StoreError naming
+        file, layer and expert for a short read, a damaged record, or an expert that is not there.
+        """
+        size = self.layout.record_bytes
+        what = f"layer {key.layer} expert {key.expert}"
+        name = layer_file(key.layer)
+        if not 0 <= key.expert < self.manifest.layers.get(key.layer, 0):
+            raise StoreError(f"{self.path / name}: {what} is not in this store")
+        if out.dtype != np.uint8 or out.ndim != 1 or out.size < size:
+            raise ValueError(f"a record takes {size} bytes, not {out.dtype} {out.shape}")
+        fd, header = self._open(name)
+        info = header.tensors.get(EXPERTS, _NOTHING)
+        if info.nbytes != size * self.manifest.layers[key.layer]:
+            raise StoreError(f"{self.path / name}: {what}: the file holds other records")
+        place = (name, what, key.expert if verify else None)
+        self._fill(fd, out[:size], info.offset + key.expert * size, place)
+
+    def sidecars(self) -> dict[str, bytes]:
+        """The checkpoint's small files (config, tokenizer, template) by name."""
+        names = [n for n in self.manifest.files if not n.endswith(".safetensors")]
+        return {name: (self.path / name).read_bytes() for name in names}
+
+    def verify_file(self, name: str) -> None:
+        """Compare every byte of a file with its checksums.
+
+        Raises StoreError naming the file and, where it can be told, the first damaged part.
+        """
+        entry = self.manifest.files[name]
+        header = read_header(self.path / name, StoreError) if entry.crc32 else None
+        found = describe(self.path / name, list(spans(header)) if header else [])
+        names = list(header.tensors) if header else []
+        for i, (want, got) in enumerate(zip(entry.crc32, found.crc32, strict=False)):
+            if want != got:
+                part = f"tensor {names[i]!r}" if name == DENSE else f"expert {i}"
+                raise _damaged(self.path / name, part)
+        if found != entry:
+            raise _damaged(self.path / name, "the file")
+
+    def close(self) -> None:
+        """Close the files; reads afterwards open them again."""
+        with self._lock:
+            for fd, _ in self._files.values():
+                os.close(fd)
+            self._files.clear()
+
+    def _open(self, name: str) -> tuple[int, Header]:
+        with self._lock:
+            if name not in self._files:
+                header = read_header(self.path / name, StoreError)
+                self._files[name] = (os.open(self.path / name, os.O_RDONLY), header)
+            return self._files[name]
+
+    def _fill(self, fd: int, out: U8, offset: int, place: tuple[str, str, int | None]) -> None:
+        name, what, index = place
+        try:
+            done = pread_into(fd, out.data, offset)
+        except OSError as problem:
+            raise StoreError(
+                f"{self.path / name}: {what}: {problem.strerror}", fix="check the disk"
+            ) from problem
+        if done != out.size:
+            raise StoreError(
+                f"{self.path / name} ends inside {what}", fix="quantize the checkpoint again"
+            )
+        if index is not None and zlib.crc32(out.data) != self.manifest.files[name].crc32[index]:
+            raise _damaged(self.path / name, what)
+
+
+_NOTHING = TensorInfo(dtype="", shape=(), offset=0, nbytes=0)
+
+
+def _aligned(size: int) -> U8:
+    raw = np.empty(size + ALIGN, np.uint8)
+    skip = -raw.ctypes.data % ALIGN
+    return raw[skip : skip + size]
+
+
+def _damaged(path: Path, what: str) -> StoreError:
+    return StoreError(
+        f"{path}: {what} is damaged: its checksum differs",
+        fix=f"delete {path.name}, then run the same `moelite quantize` again",
+    )
+
+
+def _no_store(path: Path) -> StoreError:
+    if (path / PARTIAL).exists():
+        return StoreError(
+            f"{path} is an unfinished store", fix="run the same `moelite quantize` again"
+        )
+    if (path / "config.json").exists():
+        return StoreError(
+            f"{path} is a checkpoint, not a store", fix=f"moelite quantize {path} STORE"
+        )
+    return StoreError(f"{path} is not a store: it has no {MANIFEST}", fix="name a store's folder")
