@@ -1,0 +1,124 @@
+"""`moelite bench`: prefill and decode speed of a store on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moelite.cli.bars import progress_on_stderr
+from moelite.cli.common import (
+    ContextOption,
+    KVOption,
+    ModelArgument,
+    OfflineOption,
+    RamOption,
+    ThreadsOption,
+    open_model,
+)
+from moelite.units import show_bytes
+
+if TYPE_CHECKING:
+    from moelite.bench import BenchReport
+    from moelite.engine import Model
+
+
+def bench(  # noqa: PLR0913 - one parameter for each option
+    store: ModelArgument = None,
+    prompt: Annotated[int, typer.Option(help="Random prompt tokens.")] = 128,
+    gen: Annotated[int, typer.Option(help="Tokens to generate, greedily.")] = 32,
+    repeat: Annotated[int, typer.Option(help="Runs; medians are reported.")] = 3,
+    ram: RamOption = None,
+    context: ContextOption = None,
+    threads: ThreadsOption = None,
+    kv: KVOption = "f16",
+    seed: Annotated[int, typer.Option(help="Of the random prompt.")] = 0,
+    offline: OfflineOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure prefill and decode speed, time to first token, peak memory and expert traffic.
+
+    The prompt is random token ids, so experts are used more evenly than by prose. Decode speed
+    leaves the first token out.
+    """
+    from moelite.bench import bench as measure
+
+    settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
+    with open_model(store, offline=offline, **settings) as model:
+        with progress_on_stderr("bench", "runs") as progress:
+            report = measure(
+                model, prompt=prompt, gen=gen, repeat=repeat, seed=seed, progress=progress
+            )
+        facts = store_facts(model)
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(report), **facts}, indent=2))
+    else:
+        show(Console(highlight=False), report, facts)
+
+
+def store_facts(model: Model) -> dict[str, Any]:
+    """What was measured: formats, bits per weight of an expert (with scales), budget, threads."""
+    layout = model.store.layout
+    weights = 3 * layout.hidden_size * layout.expert_size
+    return {
+        "store": str(model.store.path),
+        "expert_format": model.store.expert_format,
+        "dense_format": model.store.dense_format,
+        "expert_bpw": round(8 * layout.payload_bytes / weights, 4),
+        "record_bytes": layout.record_bytes,
+        "budget_bytes": model.footprint.budget_bytes,
+        "experts_resident": model.footprint.experts_resident,
+        "experts_total": model.footprint.experts_total,
+        "context": model.context,
+        "threads": model.footprint.threads,
+    }
+
+
+def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
+    """A row per run and the medians, then what was measured on what."""
+    table = Table(box=None, padding=(0, 1))
+    for name in (
+        "run",
+        "prefill tok/s",
+        "decode tok/s",
+        "first token s",
+        "hits",
+        "read",
+        "wait s",
+    ):
+        table.add_column(name, justify="right")
+    median = (report.prefill_tok_s, report.decode_tok_s, report.ttft_s)
+    rows = [
+        (str(i), (r.prefill_tok_s, r.decode_tok_s, r.ttft_s), r.experts)
+        for i, r in enumerate(report.runs, 1)
+    ]
+    for name, (prefill, decode, ttft), experts in [*rows, ("median", median, report.experts)]:
+        table.add_row(
+            name,
+            f"{prefill:.1f}",
+            f"{decode:.2f}",
+            f"{ttft:.3f}",
+            f"{100 * experts.hit_rate:.1f} %",
+            show_bytes(experts.bytes_read),
+            f"{experts.wait_s:.2f}",
+            style="bold" if name == "median" else None,
+        )
+    console.print(table)
+    console.print(
+        f"  {report.prompt_tokens} prompt + {report.generated_tokens} generated tokens, "
+        f"seed {report.seed}; the last line's reads are sums",
+        soft_wrap=True,
+    )
+    peak, budget = show_bytes(report.peak_rss_bytes), show_bytes(facts["budget_bytes"])
+    console.print(
+        f"  peak memory {peak} of {budget}, "
+        f"{facts['experts_resident']} of {facts['experts_total']} experts resident"
+    )
+    console.print(
+        f"  experts {facts['expert_format']} ({facts['expert_bpw']} bpw), dense "
+        f"{facts['dense_format']}; {report.cpu}, {facts['threads']} threads"
+    )

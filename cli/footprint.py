@@ -1,0 +1,221 @@
+"""`moelite footprint`: where the memory would go, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moelite.cli.bars import Segment, bar
+from moelite.cli.common import ContextOption, KVOption, RamOption, ThreadsOption
+from moelite.errors import BudgetError
+from moelite.units import MIB, show_bytes
+
+if TYPE_CHECKING:
+    from moelite.budget import Footprint
+
+BAR_LABEL = 10  # columns before a bar
+BAR_VALUE = 12  # and after it
+
+# sign, plain sign, colour of each part; a part of another name gets the last line
+LOOK = {
+    "runtime": ("▒", "r", "bright_black"),
+    "tokenizer": ("▚", "t", "bright_black"),
+    "dense weights": ("█", "d", "blue"),
+    "kv": ("▓", "k", "magenta"),
+    "workspace": ("▞", "w", "yellow"),
+    "experts": ("■", "E", "green"),
+    "free": ("·", ".", "bright_black"),
+    "not resident": ("□", "e", "green"),
+    "": ("?", "?", "red"),
+}
+
+
+def footprint(  # noqa: PLR0913 - one parameter for each option
+    model: Annotated[
+        str, typer.Argument(help="A store, a checkpoint folder, a hub id, or smollm2-moe.")
+    ],
+    ram: RamOption = None,
+    context: ContextOption = None,
+    threads: ThreadsOption = None,
+    kv: KVOption = "f16",
+    experts: Annotated[
+        Literal["int4", "int8", "bf16", "f32"],
+        typer.Option(help="As if its experts were quantized to this."),
+    ] = "int4",
+    dense: Annotated[
+        Literal["int8", "bf16", "f32"], typer.Option(help="As if its other weights were.")
+    ] = "int8",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a model takes in memory and on disk, from headers alone; nothing is loaded.
+
+    --experts and --dense are for what is not yet a store: a store has its formats. Exit code 3 if
+    the model does not fit.
+    """
+    from moelite import engine
+
+    settings: Any = {"context": context, "threads": threads, "kv": kv}
+    found = engine.footprint(model, ram=ram, experts=experts, dense=dense, **settings)
+    if as_json:
+        print(json.dumps(as_dict(model, found), indent=2))
+    else:
+        show(Console(highlight=False), model, found)
+    if not found.fits:
+        raise typer.Exit(BudgetError.exit_code)
+
+
+def as_dict(model: str, found: Footprint) -> dict[str, Any]:
+    """The whole Footprint, with the model's name and the sum of its parts."""
+    return {"model": model, **dataclasses.asdict(found), "used_bytes": found.used_bytes}
+
+
+def show(console: Console, model: str, found: Footprint) -> None:
+    """Verdict, bars, table, advice."""
+    console.print(
+        Text.assemble(
+            (model, "bold"),
+            f"   experts {found.expert_format}, dense {found.dense_format}, "
+            f"context {found.context:,} tokens, {found.threads} threads",
+        )
+    )
+    console.print()
+    console.print(verdict(found))
+    console.print()
+    _bars(console, found)
+    console.print()
+    console.print(_table(found, ascii_only=console.options.ascii_only))
+    helpful = advice(found)
+    if helpful:
+        console.print()
+    for line in helpful:
+        console.print(Text("  " + line))
+
+
+def verdict(found: Footprint) -> Text:
+    """One sentence: whether it fits, and the least budget that would."""
+    least = f"the least at this context is --ram {_mib(found.minimum_bytes)}"
+    if found.fits:
+        share = 100 * found.experts_resident // max(found.experts_total, 1)
+        rest = (
+            "all experts stay in memory"
+            if found.experts_resident >= found.experts_total
+            else f"{found.experts_resident:,} of {found.experts_total:,} experts ({share} %) stay "
+            "in memory, the others are read from disk when used"
+        )
+        return Text.assemble(
+            ("YES", "bold green"),
+            f", it fits in {show_bytes(found.budget_bytes)}: {rest}; {least}.",
+        )
+    if found.budget_bytes > found.machine_bytes:
+        why = (
+            f"a budget of {show_bytes(found.budget_bytes)} is more than this machine has, "
+            f"{show_bytes(found.machine_bytes)} ({found.machine_limit})"
+        )
+    else:
+        why = f"it does not fit in {show_bytes(found.budget_bytes)}"
+    return Text.assemble(("NO", "bold red"), f", {why}: {least}.")
+
+
+def advice(found: Footprint) -> list[str]:
+    """What would help, as something to type."""
+    kv = _part(found, "kv")
+    lines = []
+    if not found.fits:
+        if found.minimum_bytes <= found.machine_bytes:
+            lines.append(f"--ram {_mib(found.minimum_bytes)}: the least that works")
+        else:
+            lines.append(
+                f"this machine has {show_bytes(found.machine_bytes)} ({found.machine_limit}), "
+                "too little at this context"
+            )
+        if found.dense_format != "int8":
+            lines.append("--dense int8 when quantizing: a smaller dense part")
+    whole = found.used_bytes - _part(found, "experts") + found.experts_bytes
+    if found.fits and found.experts_resident < found.experts_total:
+        # the slots that hold no resident expert are needed beside a full set, too
+        whole += max(0, found.slots - found.experts_resident) * found.record_bytes
+        if whole <= found.machine_bytes:
+            lines.append(f"--ram {_mib(whole)}: about what keeps every expert in memory")
+    crowded = not found.fits or found.experts_resident < found.experts_total
+    if crowded and found.context >= 1024 and kv >= MIB:
+        lines.append(f"--context {found.context // 2}: frees {show_bytes(kv // 2)}")
+    if crowded and found.expert_format != "int4":
+        lines.append("--experts int4 when quantizing: smaller experts, more of them in memory")
+    return ["what would help:", *("  " + line for line in lines)] if lines else []
+
+
+def _mib(count: int) -> str:
+    return f"{-(-count // MIB)}MiB"
+
+
+def _part(found: Footprint, name: str) -> int:
+    return sum(part.bytes for part in found.parts if part.name == name)
+
+
+def _segment(name: str, count: int) -> Segment:
+    sign, plain, style = LOOK.get(name, LOOK[""])
+    return Segment(name=name, bytes=count, sign=sign, plain=plain, style=style)
+
+
+def _bars(console: Console, found: Footprint) -> None:
+    free = max(0, found.budget_bytes - found.used_bytes)
+    memory = [_segment(part.name, part.bytes) for part in found.parts]
+    memory.append(_segment("free", free))
+    away = found.experts_bytes - found.experts_resident * found.record_bytes
+    disk = [
+        _segment("dense weights", found.store_bytes - found.experts_bytes),
+        _segment("experts", found.experts_bytes - away),
+        _segment("not resident", away),
+    ]
+    if found.experts_resident and not found.fits:
+        disk = [disk[0], _segment("not resident", found.experts_bytes)]
+    rows = [("memory", memory), ("disk", disk)]
+    scale = max(sum(s.bytes for s in segments) for _, segments in rows)
+    width = max(10, min(console.width, 100) - BAR_LABEL - BAR_VALUE)
+    for label, segments in rows:
+        line = Text(f"  {label:<{BAR_LABEL - 2}}")
+        line.append(bar(segments, scale, width, ascii_only=console.options.ascii_only))
+        line.append(f"  {show_bytes(sum(s.bytes for s in segments))}")
+        console.print(line, no_wrap=True, overflow="crop")
+        if label == "memory" and found.budget_bytes < found.minimum_bytes:
+            place = min(width - 1, found.budget_bytes * width // scale)
+            line = Text(" " * (BAR_LABEL + place) + "^ budget " + show_bytes(found.budget_bytes))
+            console.print(line, style="red", no_wrap=True, overflow="crop")
+
+
+def _table(found: Footprint, *, ascii_only: bool) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=True)
+    table.add_column("")
+    table.add_column("memory")
+    table.add_column("size", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("basis")
+    free = found.budget_bytes - found.used_bytes
+    rows: list[tuple[str, int, str]] = [(part.name, part.bytes, part.basis) for part in found.parts]
+    if free >= 0:
+        rows.append(("free", free, "budget - parts"))
+    for name, count, basis in rows:
+        segment = _segment(name, count)
+        table.add_row(
+            Text(segment.plain if ascii_only else segment.sign, style=segment.style),
+            name,
+            show_bytes(count),
+            f"{100 * count / found.budget_bytes:.0f} %",
+            basis,
+        )
+    sign = LOOK["not resident"][ascii_only]
+    table.add_row("", "", "", "", "")
+    table.add_row(
+        Text(sign, style=LOOK["not resident"][2]),
+        "experts on disk",
+        show_bytes(found.experts_bytes),
+        "",
+        f"{found.experts_total:,} of {show_bytes(found.record_bytes)} each",
+    )
+    return table

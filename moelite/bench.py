@@ -1,0 +1,145 @@
+"""How fast a model runs here: prefill and decode speed, time to first token, expert traffic.
+
+Each run opens a fresh session, reads the same random prompt (token ids drawn uniformly from the
+vocabulary with a fixed seed), and then decodes greedily, going on past any end token, so that the
+work is the same whatever the model says. Random tokens spread over more experts than prose does:
+the hit rate is on the low side. The expert cache is not emptied between runs: the first run finds
+what little the warm-up left there, later runs what the run before left.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from moelite.cache.stats import CacheStats
+from moelite.errors import UsageError
+from moelite.process import cpu_name, peak_rss_bytes
+
+WARM_TOKENS = 4
+
+
+class BenchModel(Protocol):
+    """What a benchmark asks of a model; of `arch` only vocab_size, of a session only advance."""
+
+    @property
+    def arch(self) -> Any: ...
+    @property
+    def context(self) -> int: ...
+    def session(self) -> Any: ...
+    def stats(self) -> CacheStats: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertTraffic:
+    """Experts found in memory, read from disk, and what the reads cost."""
+
+    hits: int
+    misses: int
+    bytes_read: int
+    wait_s: float
+    hit_rate: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchRun:
+    """One run. Decode speed counts the tokens after the first, which the prefill gives."""
+
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float
+    experts: ExpertTraffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchReport:
+    """Medians over `runs`; experts: their sum; peak_rss_bytes: this process's, since its start."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_tok_s: float
+    decode_tok_s: float
+    ttft_s: float
+    peak_rss_bytes: int
+    experts: ExpertTraffic
+    runs: tuple[BenchRun, ...]
+    seed: int
+    cpu: str
+
+
+def bench(
+    model: BenchModel,
+    *,
+    prompt: int = 128,
+    gen: int = 32,
+    repeat: int = 3,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchReport:
+    """Runs `repeat` times: a prompt of `prompt` random tokens, then `gen` tokens.
+
+    progress(runs done, runs in all). Raises UsageError where there is nothing to measure or the
+    tokens exceed the model's context.
+    """
+    for name, value, least in (("prompt", prompt, 1), ("gen", gen, 2), ("repeat", repeat, 1)):
+        if value < least:
+            raise UsageError(f"--{name} {value} measures nothing", fix=f"--{name} {least} or more")
+    if prompt + gen > model.context:
+        raise UsageError(
+            f"{prompt} + {gen} tokens exceed the context of {model.context}",
+            fix=f"--context {prompt + gen}",
+        )
+    drawn = np.random.default_rng(seed).integers(0, model.arch.vocab_size, prompt)
+    ids = [int(i) for i in drawn]
+    # Compiles kernels and touches code paths; a first call may take a hundred times its usual time.
+    _run(model, ids[:WARM_TOKENS], 2)
+    before = model.stats()
+    runs = []
+    for done in range(repeat):
+        runs.append(_run(model, ids, gen))
+        if progress:
+            progress(done + 1, repeat)
+    return BenchReport(
+        prompt_tokens=prompt,
+        generated_tokens=gen,
+        prefill_tok_s=statistics.median(run.prefill_tok_s for run in runs),
+        decode_tok_s=statistics.median(run.decode_tok_s for run in runs),
+        ttft_s=statistics.median(run.ttft_s for run in runs),
+        peak_rss_bytes=peak_rss_bytes(),
+        experts=_traffic(model.stats() - before),
+        runs=tuple(runs),
+        seed=seed,
+        cpu=cpu_name(),
+    )
+
+
+def _run(model: BenchModel, ids: list[int], gen: int) -> BenchRun:
+    session = model.session()
+    before = model.stats()
+    started = time.perf_counter()
+    token = int(np.argmax(session.advance(ids)))
+    first = time.perf_counter()
+    for _ in range(gen - 1):
+        token = int(np.argmax(session.advance([token])))
+    ended = time.perf_counter()
+    return BenchRun(
+        prefill_tok_s=len(ids) / (first - started),
+        decode_tok_s=(gen - 1) / (ended - first),
+        ttft_s=first - started,
+        experts=_traffic(model.stats() - before),
+    )
+
+
+def _traffic(stats: CacheStats) -> ExpertTraffic:
+    return ExpertTraffic(
+        hits=stats.hits,
+        misses=stats.misses,
+        bytes_read=stats.bytes_read,
+        wait_s=stats.wait_s,
+        hit_rate=stats.hit_rate,
+    )
