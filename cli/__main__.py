@@ -1,0 +1,5 @@
+"""`python -m moelite.cli`."""
+
+from moelite.cli.main import run
+
+run()

@@ -1,0 +1,165 @@
+"""`moelite quantize`: from a checkpoint to a store."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moelite.cli.common import OfflineOption, progress, stderr_console
+from moelite.cli.render import seconds
+from moelite.units import show_bytes
+
+if TYPE_CHECKING:
+    from moelite.convert import QuantizeReport
+
+INTERRUPTED = 130
+_SHOWN_IGNORED = 5
+_LINE_S = 10.0  # seconds between two lines where there is no bar
+
+
+def quantize(  # noqa: PLR0913 - one parameter per option
+    src: Annotated[
+        str,
+        typer.Argument(help="A checkpoint folder, a hub id (org/name[@revision]), or smollm2-moe."),
+    ],
+    out: Annotated[Path, typer.Argument(help="The store's folder: a new one, or to go on with.")],
+    experts: Annotated[
+        Literal["int4", "int8", "bf16", "f32"], typer.Option(help="Format of the routed experts.")
+    ] = "int4",
+    dense: Annotated[
+        Literal["int8", "bf16", "f32"], typer.Option(help="Format of the other weights.")
+    ] = "int8",
+    ram: Annotated[
+        str, typer.Option("--ram", metavar="SIZE", help="Memory to use at most, e.g. 2GiB.")
+    ] = "2GiB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the sizes; write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Write the store of a checkpoint: its experts in a small format, one read each.
+
+    Interrupted, it keeps the finished layers; the same command goes on from there.
+    """
+    from moelite.convert import quantize as convert
+
+    console = stderr_console()
+    try:
+        with _progress(console, quiet=as_json) as update:
+            report = convert(
+                src,
+                out,
+                experts=experts,
+                dense=dense,
+                ram=ram,
+                dry_run=dry_run,
+                progress=update,
+                offline=offline,
+            )
+    except KeyboardInterrupt:
+        print("interrupted: finished layers are kept; the same command continues", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    if as_json:
+        print(json.dumps(as_dict(report), indent=2))
+    else:
+        show(Console(highlight=False), report)
+
+
+def as_dict(report: QuantizeReport) -> dict[str, Any]:
+    """The whole report, with the sums and the bits per weight."""
+    found = dataclasses.asdict(report)
+    for row, entry in zip(report.classes, found["classes"], strict=True):
+        entry["bpw"] = round(row.bpw, 4)
+    found["bytes_before"] = report.bytes_before
+    found["bytes_after"] = report.bytes_after
+    return found
+
+
+def show(console: Console, report: QuantizeReport) -> None:
+    """The table by tensor class, what was left out, and what to do next."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("tensors", "format"):
+        table.add_column(title, no_wrap=True)
+    for title in ("count", "weights", "before", "after", "bits/weight"):
+        table.add_column(title, justify="right", no_wrap=True)
+    params = 0
+    for row in report.classes:
+        params += row.params
+        table.add_row(
+            row.name,
+            row.format,
+            f"{row.tensors:,}",
+            f"{row.params:,}",
+            show_bytes(row.bytes_before),
+            show_bytes(row.bytes_after),
+            f"{row.bpw:.2f}",
+        )
+    table.add_row(
+        "all",
+        "",
+        f"{sum(row.tensors for row in report.classes):,}",
+        f"{params:,}",
+        show_bytes(report.bytes_before),
+        show_bytes(report.bytes_after),
+        f"{8 * report.bytes_after / max(1, params):.2f}",
+        style="bold",
+    )
+    console.print(table)
+    if report.ignored:
+        some = ", ".join(report.ignored[:_SHOWN_IGNORED])
+        more = len(report.ignored) - _SHOWN_IGNORED
+        note = f"not used by this model: {some}" + (f" and {more} more" if more > 0 else "")
+        console.print(Text(note))
+    console.print(Text(_verdict(report)))
+
+
+def _verdict(report: QuantizeReport) -> str:
+    if report.dry_run:
+        return f"dry run: nothing was written; {report.out} would hold {report.layers} MoE layers"
+    if report.reused:
+        return f"already done: {report.out} holds this model in these formats"
+    kept = f", {report.resumed} files kept from before" if report.resumed else ""
+    return (
+        f"wrote {report.out} in {seconds(report.seconds)}{kept};"
+        f" peak memory {show_bytes(report.peak_rss_bytes)}"
+    )
+
+
+@contextmanager
+def _progress(console: Console, *, quiet: bool) -> Iterator[Any]:
+    """A bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with progress(console, "quantizing") as update:
+            yield update
+    else:
+        yield _lines(console)
+
+
+def _lines(console: Console) -> Any:
+    start = time.monotonic()
+    last = start
+
+    def update(done: int, total: int, note: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < _LINE_S and done < total:
+            return
+        last = now
+        left = seconds((now - start) * (total - done) / done) if done else "?"
+        console.print(Text(f"{show_bytes(done)} of {show_bytes(total)}, {note}, {left} left"))
+
+    return update
