@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -100,7 +102,7 @@ def find_store(name: str | None, *, offline: bool, console: Console) -> Path:
     name: a store's folder, a checkpoint's folder, a hub id, or None for the built-in model.
     """
     if name is None or name == BUILTIN:
-        return _quantized(BUILTIN, BUILTIN, console, offline=offline)
+        return _builtin(console, offline=offline)
     path = Path(name).expanduser()
     if is_store(path):
         return path
@@ -120,6 +122,16 @@ def find_store(name: str | None, *, offline: bool, console: Console) -> Path:
         folder = resolve(name, offline=offline, progress=update)
     slug = f"{name.partition('@')[0].replace('/', '--')}-{_fingerprint(folder)}"
     return _quantized(folder, slug, console, offline=offline)
+
+
+def _builtin(console: Console, *, offline: bool) -> Path:
+    """The built-in model's store; one made from other trained weights is replaced."""
+    updates = files("moelite").joinpath("data/smollm2_moe.safetensors")
+    slug = f"{BUILTIN}-{hashlib.sha256(updates.read_bytes()).hexdigest()[:12]}"
+    for old in (cache_folder() / "stores").glob(f"{BUILTIN}-*"):
+        if old.name != slug:
+            shutil.rmtree(old)
+    return _quantized(BUILTIN, slug, console, offline=offline)
 
 
 def _fingerprint(folder: Path) -> str:

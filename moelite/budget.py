@@ -20,7 +20,7 @@ from moelite.units import MIB, show_bytes
 from moelite.workspace import workspace_bytes
 
 # Interpreter, numpy, numba, loaded kernels, terminal and template libraries: see docs/LOG.md.
-RUNTIME_BYTES = 230 * MIB
+RUNTIME_BYTES = 190 * MIB
 CHUNKS = (256, 128, 64, 32, 16)
 MIN_SLOTS = 2  # one record being multiplied while the next is read
 
@@ -180,7 +180,7 @@ def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint
 
 def _tokenizer_bytes(sizes: Sizes) -> int:
     # vocabulary, merges and added tokens as the library holds them: see docs/LOG.md
-    return 8 * MIB + 14 * sizes.tokenizer_bytes
+    return 22 * MIB + 11 * sizes.tokenizer_bytes
 
 
 def floating_slots(arch: Arch) -> int:

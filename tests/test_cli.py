@@ -278,8 +278,13 @@ def test_a_store_is_taken_as_it_is(tmp_path: Path, packer: Packer) -> None:
 def test_the_built_in_model_is_built_once(
     isolated: Path, packer: Packer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = isolated / "cache" / "stores" / "smollm2-moe"
-    assert find(None) == find("smollm2-moe") == out
+    stale = isolated / "cache" / "stores" / "smollm2-moe-0123456789ab"  # of other weights
+    stale.mkdir(parents=True)
+    out = find(None)
+    assert out.parent == stale.parent
+    assert out.name.startswith("smollm2-moe-")
+    assert find("smollm2-moe") == out
+    assert not stale.exists()
     assert packer.calls == [["quantize", "smollm2-moe", str(out)]]
     assert "Building the built-in model" in capsys.readouterr().err
 

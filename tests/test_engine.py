@@ -237,5 +237,4 @@ def test_the_runtime_estimate_holds(store: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout)
-    assert peak < RUNTIME_BYTES
-    assert peak > RUNTIME_BYTES // 2  # and the estimate is not idle padding
+    assert 0.7 * RUNTIME_BYTES < peak < RUNTIME_BYTES  # it holds, and is not idle padding
