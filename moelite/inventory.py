@@ -19,7 +19,7 @@ from moelite.quant import FORMATS
 from moelite.quant.base import RecordLayout, record_layout
 from moelite.storefile import DenseSpec, TensorClass, packed_bytes
 
-DENSE_FORMATS = ("int8", "bf16", "f32")
+DENSE_FORMATS = ("int4", "int8", "bf16", "f32")
 _SAMPLES, _SAMPLE_LIMIT = 32, 1 << 20  # tensors and weights a row that identify a checkpoint
 
 

@@ -30,14 +30,16 @@ def target_features() -> tuple[str, str]:
 
 
 def _choose_target() -> str:
-    features = set(target_features()[1].split(","))
+    features = _FEATURES
     if "+avxvnni" in features or {"+avx512vnni", "+avx512vl"} <= features:
         return "vnni"
     return "avx2" if {"+avx2", "+fma"} <= features else "plain"
 
 
+_FEATURES = set(target_features()[1].split(","))
 TARGET = _choose_target()
-HALF_INSTRUCTIONS = "+f16c" in target_features()[1].split(",")
+HALF_INSTRUCTIONS = "+f16c" in _FEATURES
+WIDE = {"+avx512vnni", "+avx512vl"} <= _FEATURES  # 512-bit vectors, for many tokens at once
 
 
 def kernel_sources() -> list[Path]:
@@ -47,7 +49,16 @@ def kernel_sources() -> list[Path]:
         (package / "quant").glob("*.py")
     )
     return [
-        package / n for n in ("jit.py", "simd.py", "ops.py", "kernels.py", "routing.py")
+        package / n
+        for n in (
+            "jit.py",
+            "simd.py",
+            "sync.py",
+            "dispatch.py",
+            "ops.py",
+            "kernels.py",
+            "routing.py",
+        )
     ] + formats
 
 
@@ -91,11 +102,31 @@ def kernel(function: Callable[..., Any]) -> Any:
         return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
 
 
-def inner(function: Callable[..., Any]) -> Any:
-    """njit for a function that only other kernels call: compiled into them, not cached alone."""
+_named: set[tuple[str, str]] = set()
+
+
+def _one_name(function: Callable[..., Any], tag: str) -> None:
+    # Machine code from the cache is linked by name, and numba's names are the function's plus a
+    # number that counts what this process has compiled. Two functions of one name, such as those a
+    # factory makes, could then stand in for each other in a process that counts differently.
+    if tag:
+        function.__qualname__ += f".{tag}"
+    name = function.__module__, function.__qualname__
+    if name in _named:
+        raise RuntimeError(f"two kernels are called {'.'.join(name)}: give each a tag of its own")
+    _named.add(name)
+
+
+def inner(function: Callable[..., Any], tag: str = "") -> Any:
+    """njit for a function that only other kernels call: compiled into them, not cached alone.
+
+    tag: tells apart the functions that a factory makes from one text.
+    """
+    _one_name(function, tag)
     return numba.njit(nogil=True, error_model="numpy")(function)
 
 
-def inlined(function: Callable[..., Any]) -> Any:
-    """As `inner`, always inlined: for the bodies of innermost loops."""
-    return numba.njit(nogil=True, error_model="numpy", forceinline=True)(function)
+def inlined(function: Callable[..., Any], tag: str = "") -> Any:
+    """As `inner`, but copied into its callers: for the bodies of innermost loops."""
+    _one_name(function, tag)
+    return numba.njit(nogil=True, error_model="numpy", inline="always")(function)

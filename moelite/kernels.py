@@ -1,283 +1,318 @@
-"""Matrix kernels over every format: dense linear layers and the routed experts of a layer.
+"""The kernels of a layer: attention, feed-forward parts, and the head.
 
-A format is chosen by its code at run time, once for a strip of rows, so one compiled kernel serves
-all formats and mixes of them. Work is handed out in strips through a shared counter (`take`): a
-thread that loses its core costs one strip, not half the matrix.
-
-Every result is computed by one thread in a fixed order of operations that depends on nothing but
-the token's own activations and the weights: bits do not change with threads, chunk or cache.
+A kernel is a row of phases whose pieces the threads of a team share (moelite.sync): a thread that
+loses its core costs one piece, not half a matrix. Every result is computed by one thread in a fixed
+order of operations that depends on nothing but the token's own activations and the weights: bits do
+not change with threads, chunk or cache.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from moelite.jit import inlined, inner, kernel
-from moelite.ops import silu_gate_8
-from moelite.quant import FORMATS
-from moelite.quant.base import F32, Act, Job, Matrix, QuantFormat
-from moelite.simd import (
-    abs_f32,
-    add_f32,
-    add_i32,
-    f32_as_i32,
-    largest_f32,
-    load_f32,
-    max_f32,
-    mul_f32,
-    round_f32,
-    splat_f32,
-    store_f32_as_i8,
-    sum_f32,
-    sum_i32,
-    take,
-    zero_f32,
-    zero_i32,
-)
-
-STRIP = 32  # rows a thread takes at a time; a multiple of the 32-column blocks of the next matrix
+from moelite import ops
+from moelite.dispatch import STRIP, multiply, quantize_block, quantize_row, strips
+from moelite.jit import inner, kernel
+from moelite.quant.base import F32, Act, Job, Matrix
+from moelite.sync import done, take, wait
 
 I64 = npt.NDArray[np.int64]
 
-
-# --- one entry for all formats ------------------------------------------------------------------
-
-
-def _chain(formats: list[QuantFormat], last: Any, link: Any) -> Any:
-    # an if-chain over the formats' codes, built so that a new format is one more file in quant/
-    chain = last(formats[-1])
-    for fmt in reversed(formats[:-1]):
-        chain = link(fmt, chain)
-    return chain
+# --- attention ----------------------------------------------------------------------------------
 
 
-def _last_multiply(fmt: QuantFormat) -> Any:
-    multiply = fmt.multiply
+class AttentionWeights(NamedTuple):
+    """What one layer's attention multiplies by. Empty arrays stand for parts it has not.
 
-    @inner
-    def last(matrix, act, job, start, stop):
-        multiply(matrix, act, job, start, stop)
-
-    return last
-
-
-def _link_multiply(fmt: QuantFormat, others: Any) -> Any:
-    code, multiply = fmt.code, fmt.multiply
-
-    @inner
-    def link(matrix, act, job, start, stop):
-        if matrix.fmt == code:
-            multiply(matrix, act, job, start, stop)
-        else:
-            others(matrix, act, job, start, stop)
-
-    return link
-
-
-def _last_row(fmt: QuantFormat) -> Any:
-    row = fmt.row
-
-    @inner
-    def last(matrix, r, out):
-        row(matrix, r, out)
-
-    return last
-
-
-def _link_row(fmt: QuantFormat, others: Any) -> Any:
-    code, row = fmt.code, fmt.row
-
-    @inner
-    def link(matrix, r, out):
-        if matrix.fmt == code:
-            row(matrix, r, out)
-        else:
-            others(matrix, r, out)
-
-    return link
-
-
-_FORMATS = list(FORMATS.values())
-_multiply = _chain(_FORMATS, _last_multiply, _link_multiply)
-_row = _chain(_FORMATS, _last_row, _link_row)
-
-
-# --- activations --------------------------------------------------------------------------------
-
-
-@inlined
-def _quantize_block(act, at, k):
-    # x[at : at + 32] -> block k: q, scale, total. A NaN or infinity makes the scale NaN: it shows.
-    x, q = act.x, act.q
-    v0, v1 = load_f32(x, at), load_f32(x, at + 8)
-    v2, v3 = load_f32(x, at + 16), load_f32(x, at + 24)
-    largest = largest_f32(
-        max_f32(max_f32(abs_f32(v0), abs_f32(v1)), max_f32(abs_f32(v2), abs_f32(v3)))
-    )
-    zero = zero_f32()
-    seen = add_f32(
-        add_f32(mul_f32(v0, zero), mul_f32(v1, zero)), add_f32(mul_f32(v2, zero), mul_f32(v3, zero))
-    )
-    finite = sum_f32(seen) == np.float32(0)
-    inverse = np.float32(0)
-    if finite and largest > np.float32(0):
-        inverse = np.float32(127) / largest
-    # below 127 / float32's largest the inverse overflows: such a block is zero to every purpose
-    if inverse > np.float32(3e38):
-        inverse = np.float32(0)
-        largest = np.float32(0)
-    if not finite:
-        v0, v1, v2, v3 = zero, zero, zero, zero
-    by = splat_f32(inverse)
-    r0, r1 = round_f32(mul_f32(v0, by)), round_f32(mul_f32(v1, by))
-    r2, r3 = round_f32(mul_f32(v2, by)), round_f32(mul_f32(v3, by))
-    store_f32_as_i8(q, k * 32, r0)
-    store_f32_as_i8(q, k * 32 + 8, r1)
-    store_f32_as_i8(q, k * 32 + 16, r2)
-    store_f32_as_i8(q, k * 32 + 24, r3)
-    whole = add_f32(add_f32(r0, r1), add_f32(r2, r3))
-    act.total[k] = sum_i32(add_i32(zero_i32(), f32_as_i32(whole)))
-    act.scale[k] = largest / np.float32(127) if finite else np.float32(np.nan)
-
-
-@kernel
-def quantize_activations(act, tokens):
-    """Fills q, scale and total of an Act from its x, for rows 0..tokens.
-
-    act.width must be act.blocks * 32, zero filled beyond the true columns.
+    q_norm and k_norm run over one head, or over all heads at once; a size of 0 means none.
+    router: the MoE router's matrix, 0 rows where the layer has none.
     """
-    for k in range(tokens * act.blocks):
-        _quantize_block(act, k * 32, k)
+
+    input_norm: ops.NormWeights
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    q_bias: F32
+    k_bias: F32
+    v_bias: F32
+    o_bias: F32
+    q_norm: ops.NormWeights
+    k_norm: ops.NormWeights
+    clip: np.float32  # infinity: none
+    cos: F32  # [context, n]; n = 0: no rotary embedding
+    sin: F32
+    interleaved: bool
+    post_norm: ops.NormWeights
+    router: Matrix
+
+
+class LayerBuffers(NamedTuple):
+    """The workspace of a chunk of T tokens, flat float32, rows `width`s apart; see Workspace."""
+
+    x: F32
+    x_width: int
+    q: F32
+    q_width: int
+    k: F32
+    v: F32
+    k_width: int
+    y: F32
+    normed: Act
+    attended: Act
+    router_logits: F32
+    router_width: int
+    scratch: F32  # [threads, D8 + context + 8]
+    rows: npt.NDArray[np.int32]  # 0, 1, 2, ...
+
+
+@inner
+def _strip(matrix, act, io, tokens, out, width, strip):
+    # rows 32 * strip .. + 32 of a matrix for all tokens
+    job = Job(io.rows, io.rows, 0, tokens, out, width)
+    start = strip * STRIP
+    multiply(matrix, act, job, start, min(start + STRIP, matrix.rows))
+
+
+@inner
+def _norm_heads(x, at, norm, width):
+    if norm.size:
+        for h in range(width // norm.size):
+            ops.norm_run(x, at + h * norm.size, norm, x, at + h * norm.size)
+
+
+@inner
+def _shape_token(w, shape, io, t, position, buffer, cache):
+    # bias, norm, clip and rotate token t's query and key, and keep key and value
+    q, k, v = t * io.q_width, t * io.k_width, t * io.k_width
+    ops.add_run(io.q, q, w.q_bias, 0, w.q_bias.size)
+    ops.add_run(io.k, k, w.k_bias, 0, w.k_bias.size)
+    ops.add_run(io.v, v, w.v_bias, 0, w.v_bias.size)
+    _norm_heads(io.q, q, w.q_norm, w.q.rows)
+    _norm_heads(io.k, k, w.k_norm, w.k.rows)
+    if w.clip < np.float32(np.inf):
+        ops.clamp_run(io.q, q, w.q.rows, w.clip)
+        ops.clamp_run(io.k, k, w.k.rows, w.clip)
+        ops.clamp_run(io.v, v, w.v.rows, w.clip)
+    if w.cos.shape[1]:
+        cos, sin = w.cos[position], w.sin[position]
+        for h in range(shape.heads):
+            ops.rotate_run(io.q, q + h * shape.head_dim, cos, sin, w.interleaved)
+        for h in range(shape.kv_heads):
+            ops.rotate_run(io.k, k + h * shape.head_dim, cos, sin, w.interleaved)
+    ops.keep_heads(io.k, k, shape, position, buffer, cache[0])
+    ops.keep_heads(io.v, v, shape, position, buffer, cache[1])
 
 
 @kernel
-def embed_rows(matrix, ids, out):
-    """Row ids[t] of a Matrix -> out [T, >= cols] float32."""
-    for t in range(ids.size):
-        _row(matrix, ids[t], out[t])
+def attention_block(tid, sync, w, shape, io, cache, place):
+    """x += attention(norm(x)); normed = norm(x); router logits = normed @ router.T.
+
+    place: (tokens, position of the first). cache: (k, v) of the layer.
+    """
+    tokens = place[0]
+    piece = take(sync, 0)
+    while piece < tokens:
+        ops.norm_run(io.x, piece * io.x_width, w.input_norm, io.normed.x, piece * io.normed.width)
+        quantize_row(io.normed, piece)
+        done(sync, 0)
+        piece = take(sync, 0)
+    wait(sync, 0, tokens)
+    nq, nk, nv = strips(w.q.rows), strips(w.k.rows), strips(w.v.rows)
+    piece = take(sync, 1)
+    while piece < nq + nk + nv:
+        if piece < nq:
+            _strip(w.q, io.normed, io, tokens, io.q, io.q_width, piece)
+        elif piece < nq + nk:
+            _strip(w.k, io.normed, io, tokens, io.k, io.k_width, piece - nq)
+        else:
+            _strip(w.v, io.normed, io, tokens, io.v, io.k_width, piece - nq - nk)
+        done(sync, 1)
+        piece = take(sync, 1)
+    wait(sync, 1, nq + nk + nv)
+    _attend(tid, sync, w, shape, io, cache, place)
+    _finish(sync, w, io, tokens)
 
 
-# --- linear -------------------------------------------------------------------------------------
+@inner
+def _attend(tid, sync, w, shape, io, cache, place):
+    # phases 2 to 4: from q, k, v to attended
+    tokens, start = place
+    piece = take(sync, 2)
+    while piece < tokens:
+        _shape_token(w, shape, io, piece, start + piece, io.scratch[tid], cache)
+        done(sync, 2)
+        piece = take(sync, 2)
+    wait(sync, 2, tokens)
+    heads, d, out = shape.heads, shape.head_dim, io.attended
+    group = heads // shape.kv_heads
+    piece = take(sync, 3)
+    while piece < tokens * heads:
+        t, h = piece // heads, piece % heads
+        at, to = t * io.q_width + h * d, t * out.width + h * d
+        where = (h // group, start + t)
+        ops.attend_head(io.q, at, cache, shape, where, io.scratch[tid], out.x[to : to + d])
+        done(sync, 3)
+        piece = take(sync, 3)
+    wait(sync, 3, tokens * heads)
+    piece = take(sync, 4)
+    while piece < tokens:
+        quantize_row(out, piece)
+        done(sync, 4)
+        piece = take(sync, 4)
+    wait(sync, 4, tokens)
+
+
+@inner
+def _finish(sync, w, io, tokens):
+    # phases 5 to 7: output projection, residual, norm, router
+    pieces = strips(w.o.rows)
+    piece = take(sync, 5)
+    while piece < pieces:
+        _strip(w.o, io.attended, io, tokens, io.y, io.x_width, piece)
+        done(sync, 5)
+        piece = take(sync, 5)
+    wait(sync, 5, pieces)
+    piece = take(sync, 6)
+    while piece < tokens:
+        at = piece * io.x_width
+        ops.add_run(io.x, at, io.y, at, w.o.rows)
+        ops.add_run(io.x, at, w.o_bias, 0, w.o_bias.size)
+        ops.norm_run(io.x, at, w.post_norm, io.normed.x, piece * io.normed.width)
+        quantize_row(io.normed, piece)
+        done(sync, 6)
+        piece = take(sync, 6)
+    wait(sync, 6, tokens)
+    pieces = strips(w.router.rows)
+    piece = take(sync, 7)
+    while piece < pieces:
+        _strip(w.router, io.normed, io, tokens, io.router_logits, io.router_width, piece)
+        done(sync, 7)
+        piece = take(sync, 7)
+    wait(sync, 7, pieces)
 
 
 @kernel
-def linear_job(tid, counter, matrix, act, job):
-    """One thread's share of out[target] = x[source] @ W.T."""
-    rows = matrix.rows
-    start = take(counter, STRIP)
-    while start < rows:
-        _multiply(matrix, act, job, start, min(start + STRIP, rows))
-        start = take(counter, STRIP)
+def norm_row(norm, io, row):
+    """normed[0] = norm(x[row]): what the head multiplies."""
+    ops.norm_run(io.x, row * io.x_width, norm, io.normed.x, 0)
+    quantize_row(io.normed, 0)
 
 
-# --- experts ------------------------------------------------------------------------------------
+# --- feed-forward -------------------------------------------------------------------------------
 
 
-class ExpertMatrices(NamedTuple):
-    """Where the matrices of an expert lie behind its record's first byte, and their sizes."""
+class FeedForward(NamedTuple):
+    """The matrices of gated feed-forward parts: a dense one, or experts that share an arena.
 
-    fmt: int
-    gate: int
-    up: int
-    down: int
-    hidden: int
-    inner: int
+    Expert j's gate begins at gate.packed[gate.base + base[j]], and so on, with `base` of the job.
+    """
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
 
 
-class ExpertJob(NamedTuple):
-    """The experts of one batch: expert j's record is at arena[base[j]:], its positions are
-    first[j]..first[j + 1].
+class FeedForwardJob(NamedTuple):
+    """Which parts compute which rows: part j computes positions first[j] .. first[j + 1].
 
     source [P] int32: activation row of position p. target [P] int32: row of `out` it writes.
-    gate, up float32 [P, act.width]: workspace; hidden: the Act over `gate` that feeds `down`.
+    hidden: the Act that feeds `down`, its x [P, width] the gate's output; up float32 [P * width].
     """
 
     base: I64
     first: I64
     source: npt.NDArray[np.int32]
     target: npt.NDArray[np.int32]
-    places: npt.NDArray[np.int32]  # 0..P-1: the workspace row of each position
-    up: F32
+    places: npt.NDArray[np.int32]  # 0 .. P - 1: the workspace row of each position
     hidden: Act
+    up: F32
     out: F32
     width: int
 
 
-@kernel
-def gate_up_job(tid, counter, arena, matrices, act, job):
-    """One thread's share of hidden = silu(x @ gate.T) * (x @ up.T), quantized as it is made."""
-    h, m = job.hidden, matrices
-    strips = (m.inner + STRIP - 1) // STRIP
-    experts = job.base.size
-    piece = take(counter, 1)
-    while piece < experts * strips:
-        e, start = piece // strips, piece % strips * STRIP
-        stop = min(start + STRIP, m.inner)
-        first, last = job.first[e], job.first[e + 1]
-        base = job.base[e]
-        to_gate = Job(job.source, job.places, first, last, h.x, h.width)
-        to_up = Job(job.source, job.places, first, last, job.up, h.width)
-        gate = Matrix(m.fmt, arena, base + m.gate, m.inner, m.hidden)
-        up = Matrix(m.fmt, arena, base + m.up, m.inner, m.hidden)
-        _multiply(gate, act, to_gate, start, stop)
-        _multiply(up, act, to_up, start, stop)
-        for p in range(first, last):
-            row = p * h.width
-            for c in range(start, (stop + 7) // 8 * 8, 8):
-                silu_gate_8(h.x, job.up, row + c)
-            for c in range(stop, start + STRIP):
-                h.x[row + c] = np.float32(0)
-            if h.q.size:
-                _quantize_block(h, row + start, p * h.blocks + start // 32)
-        piece = take(counter, 1)
+class Sum(NamedTuple):
+    """x [T * width] += sum over k, in order, of weights [T, K] * parts [T * K * width].
+
+    tokens 0: not yet. gates: a logit a token whose sigmoid multiplies the weight, or empty.
+    """
+
+    x: F32
+    width: int
+    size: int
+    parts: F32
+    weights: F32
+    gates: F32
+    tokens: int
+
+
+@inner
+def _move(matrix, by):
+    return Matrix(matrix.fmt, matrix.packed, matrix.base + by, matrix.rows, matrix.cols)
+
+
+@inner
+def _gate_up(ff, act, job, part, start):
+    # rows start .. start + 32 of silu(x @ gate.T) * (x @ up.T) of one part, quantized as made
+    h, rows = job.hidden, ff.gate.rows
+    stop = min(start + STRIP, rows)
+    first, last, base = job.first[part], job.first[part + 1], job.base[part]
+    to_gate = Job(job.source, job.places, first, last, h.x, h.width)
+    to_up = Job(job.source, job.places, first, last, job.up, h.width)
+    multiply(_move(ff.gate, base), act, to_gate, start, stop)
+    multiply(_move(ff.up, base), act, to_up, start, stop)
+    for p in range(first, last):
+        row = p * h.width
+        for c in range(start, (stop + 7) // 8 * 8, 8):
+            ops.silu_gate_8(h.x, job.up, row + c)
+        for c in range(stop, start + STRIP):
+            h.x[row + c] = np.float32(0)
+        if h.q.size:
+            quantize_block(h, row + start, p * h.blocks + start // 32)
+
+
+@inner
+def _add_parts(total, t):
+    top_k = total.weights.shape[1]
+    factor = np.float32(1)
+    if total.gates.size:
+        factor = np.float32(1) / (np.float32(1) + np.float32(math.exp(-total.gates[t * 8])))
+    for c in range(total.size):
+        acc = np.float32(0)
+        for k in range(top_k):
+            acc += total.weights[t, k] * total.parts[(t * top_k + k) * total.width + c]
+        total.x[t * total.width + c] += acc * factor
 
 
 @kernel
-def down_job(tid, counter, arena, matrices, job):
-    """One thread's share of out[target] = hidden @ down.T."""
-    m = matrices
-    strips = (m.hidden + STRIP - 1) // STRIP
-    piece = take(counter, 1)
-    while piece < job.base.size * strips:
-        e, start = piece // strips, piece % strips * STRIP
-        to = Job(job.places, job.target, job.first[e], job.first[e + 1], job.out, job.width)
-        base = job.base[e] + m.down
-        stop = min(start + STRIP, m.hidden)
-        _multiply(Matrix(m.fmt, arena, base, m.hidden, m.inner), job.hidden, to, start, stop)
-        piece = take(counter, 1)
-
-
-@kernel
-def combine(parts, weights, x):
-    """x [T, width] += sum over k, in order, of weights [T, K] * parts [T * K, width]."""
-    tokens, top_k = weights.shape
-    width = x.shape[1]
-    for t in range(tokens):
-        for c in range(width):
-            total = np.float32(0)
-            for k in range(top_k):
-                total += weights[t, k] * parts[t * top_k + k, c]
-            x[t, c] += total
-
-
-def new_act(tokens: int, cols: int, *, quantized: bool) -> Act:
-    """A zeroed Act for `tokens` rows of `cols` columns; without int8 blocks if not `quantized`."""
-    blocks = -(-cols // 32)
-    n = tokens * blocks if quantized else 0
-    return Act(
-        np.zeros(tokens * blocks * 32, np.float32),
-        blocks * 32,
-        np.zeros(n * 32, np.int8),
-        np.zeros(n, np.float32),
-        np.zeros(n, np.int32),
-        blocks,
-    )
-
-
-def act_bytes(tokens: int, cols: int, *, quantized: bool) -> int:
-    """The size of `new_act(tokens, cols, quantized=quantized)`."""
-    blocks = -(-cols // 32)
-    return tokens * blocks * (128 + (40 if quantized else 0))
+def feed_forward(tid, sync, ff, act, job, total):
+    """out[target] = down(silu(gate(x)) * up(x)) for the job's positions; then the Sum."""
+    parts = job.base.size
+    each = strips(ff.gate.rows)
+    piece = take(sync, 0)
+    while piece < parts * each:
+        _gate_up(ff, act, job, piece // each, piece % each * STRIP)
+        done(sync, 0)
+        piece = take(sync, 0)
+    wait(sync, 0, parts * each)
+    each = strips(ff.down.rows)
+    piece = take(sync, 1)
+    while piece < parts * each:
+        part, start = piece // each, piece % each * STRIP
+        first, last = job.first[part], job.first[part + 1]
+        to = Job(job.places, job.target, first, last, job.out, job.width)
+        down = _move(ff.down, job.base[part])
+        multiply(down, job.hidden, to, start, min(start + STRIP, ff.down.rows))
+        done(sync, 1)
+        piece = take(sync, 1)
+    wait(sync, 1, parts * each)
+    piece = take(sync, 2)
+    while piece < total.tokens:
+        _add_parts(total, piece)
+        done(sync, 2)
+        piece = take(sync, 2)
+    wait(sync, 2, total.tokens)

@@ -1,7 +1,7 @@
-"""The parts of a decoder layer over packed weights: linear, norm, attention, feed-forward, MoE.
+"""The parts of a decoder layer over packed weights: attention, feed-forward, MoE.
 
-Each takes its facts from an Arch and its numbers from a WeightSource; none knows a model or a
-format. Routed experts come from an ExpertSource, which owns their memory.
+Each takes its facts from an Arch and its numbers from a WeightSource, and hands both to one kernel;
+none knows a model or a format. Routed experts come from an ExpertSource, which owns their memory.
 """
 
 from __future__ import annotations
@@ -12,21 +12,20 @@ from typing import Protocol
 import numpy as np
 
 from moelite import kernels, ops
-from moelite.arch import Arch, Attention, GatedMLP, Linear, MoE, Norm, Rope, TensorRef
+from moelite.arch import Arch, Attention, GatedMLP, Layer, Linear, MoE, Norm, Rope, TensorRef
+from moelite.dispatch import linear_job
 from moelite.kv import KVCache
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, U8, Act, Job, Matrix, RecordLayout, pad
+from moelite.quant.base import F32, U8, Job, Matrix, RecordLayout, pad
 from moelite.routing import route
 from moelite.threads import Team
 from moelite.workspace import Workspace
 
-# multiply-adds below which waking a second thread costs more than it saves (20 us at 10 G/s)
-_ALONE = 200_000
+# multiply-adds below which a second thread costs more than it saves (5 us at 20 G/s)
+_ALONE = 100_000
 
-
-def rows_of(act: Act, tokens: int) -> F32:
-    """The first `tokens` rows of an Act's values, [T, width]."""
-    return act.x[: tokens * act.width].reshape(tokens, act.width)
+_NOTHING = Matrix(0, np.zeros(0, np.uint8), 0, 0, 0)
+_NO_NORM = ops.NormWeights(ops.EMPTY, ops.EMPTY, 0, np.float32(0), False)
 
 
 class WeightSource(Protocol):
@@ -57,59 +56,34 @@ class Context:
         self.tokens = self.start = 0
 
 
-class Vector:
-    """A float32 vector of the store, or nothing."""
-
-    @staticmethod
-    def load(source: WeightSource, ref: TensorRef | None) -> F32:
-        return ops.EMPTY if ref is None else source.read(ref.key).view(np.float32)
+def load_vector(source: WeightSource, ref: TensorRef | None) -> F32:
+    """A float32 vector, empty if there is none."""
+    return ops.EMPTY if ref is None else source.read(ref.key).view(np.float32)
 
 
-class PackedLinear:
-    """y = x @ W.T + bias, W packed in its format."""
-
-    def __init__(self, spec: Linear, source: WeightSource) -> None:
-        fmt = FORMATS[source.format_of(spec.weight.key)]
-        self.quantized_input = fmt.quantized_input
-        packed = source.read(spec.weight.key)
-        self.matrix = Matrix(fmt.code, packed, 0, spec.rows, spec.cols)
-        self.bias = Vector.load(source, spec.bias)
-
-    def __call__(self, ctx: Context, act: Act, out: F32) -> None:
-        """act of ctx.tokens rows -> out [T, >= rows padded to 8]. int8 blocks must be filled."""
-        rows, matrix = ctx.work.rows, self.matrix
-        job = Job(rows, rows, 0, ctx.tokens, out.reshape(-1), out.shape[1])
-        alone = matrix.rows * matrix.cols * ctx.tokens < _ALONE
-        ctx.team.run(kernels.linear_job, matrix, act, job, alone=alone)
-        if self.bias.size:
-            ops.add_bias(out[: ctx.tokens], self.bias)
+def load_matrix(source: WeightSource, part: Linear) -> Matrix:
+    """A packed matrix of [rows, cols]; its bias is loaded apart."""
+    code = FORMATS[source.format_of(part.weight.key)].code
+    return Matrix(code, source.read(part.weight.key), 0, part.rows, part.cols)
 
 
-class PackedNorm:
-    """RMSNorm or LayerNorm with its weight."""
-
-    def __init__(self, spec: Norm, source: WeightSource) -> None:
-        self.spec = spec
-        self.weight = Vector.load(source, spec.weight)
-        if spec.offset:
-            self.weight = self.weight + np.float32(spec.offset)
-        self.bias = Vector.load(source, spec.bias)
-        self.eps = np.float32(spec.eps)
-
-    def __call__(self, x: F32, out: F32, groups: int = 1) -> None:
-        """x [T, >= groups * size] -> out, likewise; `groups` runs of spec.size in a row."""
-        size = self.spec.size
-        if self.spec.kind == "rms":
-            ops.rms_norm(x, size, groups, self.weight, self.eps, out)
-        else:
-            ops.layer_norm(x, size, self.weight, self.bias, self.eps, out)
+def load_norm(source: WeightSource, norm: Norm | None) -> ops.NormWeights:
+    """What a kernel needs of a norm; size 0 if there is none."""
+    if norm is None:
+        return _NO_NORM
+    weight = load_vector(source, norm.weight)
+    if norm.offset:
+        weight = weight + np.float32(norm.offset)
+    bias, eps = load_vector(source, norm.bias), np.float32(norm.eps)
+    return ops.NormWeights(weight, bias, norm.size, eps, norm.kind == "layer")
 
 
 class RopeTables:
     """cos and sin of every position of the context, once for each distinct Rope."""
 
     def __init__(self, arch: Arch, context: int) -> None:
-        self.tables: dict[Rope, tuple[F32, F32]] = {}
+        empty = np.zeros((context, 0), np.float32)
+        self.tables: dict[Rope | None, tuple[F32, F32]] = {None: (empty, empty)}
         for layer in arch.layers:
             rope = layer.attention.rope
             if rope is None or rope in self.tables:
@@ -127,156 +101,173 @@ def rope_bytes(arch: Arch, context: int) -> int:
     return sum(8 * context * len(rope.inv_freq) for rope in ropes if rope is not None)
 
 
-class AttentionPart:
-    """Grouped-query attention over the kv, from normed activations to ctx.work.y."""
+def load_attention(
+    source: WeightSource, layer: Layer, ropes: RopeTables
+) -> kernels.AttentionWeights:
+    """One layer's norms, attention and router matrix."""
+    spec, mlp = layer.attention, layer.mlp
+    cos, sin = ropes.tables[spec.rope]
+    return kernels.AttentionWeights(
+        load_norm(source, layer.input_norm),
+        load_matrix(source, spec.q),
+        load_matrix(source, spec.k),
+        load_matrix(source, spec.v),
+        load_matrix(source, spec.o),
+        load_vector(source, spec.q.bias),
+        load_vector(source, spec.k.bias),
+        load_vector(source, spec.v.bias),
+        load_vector(source, spec.o.bias),
+        load_norm(source, spec.q_norm),
+        load_norm(source, spec.k_norm),
+        np.float32(np.inf if spec.clip is None else spec.clip),
+        cos,
+        sin,
+        spec.rope is not None and spec.rope.style == "interleaved",
+        load_norm(source, layer.post_norm),
+        load_matrix(source, mlp.router.linear) if isinstance(mlp, MoE) else _NOTHING,
+    )
 
-    def __init__(self, spec: Attention, source: WeightSource, ropes: RopeTables) -> None:
-        self.spec, self.ropes = spec, ropes
-        self.q, self.k, self.v, self.o = (
-            PackedLinear(part, source) for part in (spec.q, spec.k, spec.v, spec.o)
-        )
-        self.norms = [
-            None if norm is None else PackedNorm(norm, source)
-            for norm in (spec.q_norm, spec.k_norm)
-        ]
-        self.quantized_input = any(p.quantized_input for p in (self.q, self.k, self.v))
+
+class AttentionPart:
+    """x += attention(norm(x)); normed = norm(x); router logits."""
+
+    def __init__(
+        self, layer: Layer, source: WeightSource, ropes: RopeTables, work: Workspace
+    ) -> None:
+        self.weights = load_attention(source, layer, ropes)
+        self.spec = layer.attention
+        self.buffers = work.buffers(self.spec.o.cols)
 
     def __call__(self, ctx: Context, layer: int, kv: KVCache) -> None:
-        spec, work, tokens, start = self.spec, ctx.work, ctx.tokens, ctx.start
-        if self.quantized_input:
-            kernels.quantize_activations(work.normed, tokens)
-        for part, out in ((self.q, work.q), (self.k, work.k), (self.v, work.v)):
-            part(ctx, work.normed, out)
-        self._shape_heads(ctx)
-        shape = ops.AttentionShape(
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
-            pad(spec.head_dim, 8),
-            kv.context,
-            spec.window or 0,
-            np.float32(spec.scale),
+        cache, place = (kv.k[layer], kv.v[layer]), (ctx.tokens, ctx.start)
+        shape = _shape(self.spec, kv.context)
+        alone = ctx.tokens * self.spec.q.rows * self.spec.q.cols < _ALONE
+        ctx.team.run(
+            kernels.attention_block,
+            self.weights,
+            shape,
+            self.buffers,
+            cache,
+            place,
+            alone=alone,
         )
-        ops.store_kv(work.k[:tokens], shape, start, kv.k[layer])
-        ops.store_kv(work.v[:tokens], shape, start, kv.v[layer])
-        blocks = pad(spec.o.cols, 32) // 32
-        heads = work.attended._replace(width=blocks * 32, blocks=blocks)
-        out = rows_of(heads, tokens)
-        job = ops.AttentionJob(work.q[:tokens], kv.k[layer], kv.v[layer], start, work.scores, out)
-        steps = tokens * (start + tokens) * spec.num_heads * spec.head_dim
-        ctx.team.run(ops.attention_job, job, shape, alone=steps < _ALONE)
-        if self.o.quantized_input:
-            kernels.quantize_activations(heads, tokens)
-        self.o(ctx, heads, work.y)
 
-    def _shape_heads(self, ctx: Context) -> None:
-        # norm, clip and rotate what the projections gave
-        spec, work, tokens = self.spec, ctx.work, ctx.tokens
-        sides = (
-            (work.q, self.norms[0], spec.num_heads),
-            (work.k, self.norms[1], spec.num_kv_heads),
+
+def _shape(spec: Attention, context: int) -> ops.AttentionShape:
+    d8, scale = pad(spec.head_dim, 8), np.float32(spec.scale)
+    heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    return ops.AttentionShape(*heads, d8, context, spec.window or 0, scale)
+
+
+class DensePart:
+    """x += down(silu(gate(normed)) * up(normed)), times a gate's sigmoid where there is one."""
+
+    def __init__(
+        self, spec: GatedMLP, source: WeightSource, work: Workspace, gate: Linear | None = None
+    ) -> None:
+        self.weights = kernels.FeedForward(
+            *(load_matrix(source, part) for part in (spec.gate, spec.up, spec.down))
         )
-        for x, norm, heads in sides:
-            if norm is not None:
-                groups = heads if spec.qk_norm_over == "head" else 1
-                norm(x[:tokens], x[:tokens], groups)
-        if spec.clip is not None:
-            for x, part in ((work.q, self.q), (work.k, self.k), (work.v, self.v)):
-                ops.clamp(x[:tokens], part.matrix.rows, np.float32(spec.clip))
-        if spec.rope is None:
-            return
-        cos, sin = (table[ctx.start : ctx.start + tokens] for table in self.ropes.tables[spec.rope])
-        twisted = spec.rope.style == "interleaved"
-        for x, _, heads in sides:
-            ops.rope(x[:tokens], heads, spec.head_dim, cos, sin, twisted)
-
-
-class DenseMLP:
-    """down(silu(gate(x)) * up(x)), from normed activations (int8 blocks filled) to ctx.work.y."""
-
-    def __init__(self, spec: GatedMLP, source: WeightSource) -> None:
-        self.spec = spec
-        self.gate, self.up, self.down = (
-            PackedLinear(part, source) for part in (spec.gate, spec.up, spec.down)
-        )
-        self.quantized_input = self.gate.quantized_input or self.up.quantized_input
+        self.gate = None if gate is None else load_matrix(source, gate)
+        self.hidden, self.up = work.mlp(spec, work.chunk)
 
     def __call__(self, ctx: Context) -> None:
-        hidden, up = ctx.work.mlp(self.spec, ctx.work.chunk)
-        self.gate(ctx, ctx.work.normed, hidden.x.reshape(-1, hidden.width))
-        self.up(ctx, ctx.work.normed, up.reshape(-1, hidden.width))
-        other = up.reshape(-1, hidden.width)
-        ops.silu_gate(rows_of(hidden, ctx.tokens), other, self.spec.gate.rows)
-        if self.down.quantized_input:
-            kernels.quantize_activations(hidden, ctx.tokens)
-        self.down(ctx, hidden, ctx.work.y)
+        work, tokens, rows = ctx.work, ctx.tokens, ctx.work.rows
+        gates = ops.EMPTY
+        if self.gate is not None:
+            gates = work.shared_gate.reshape(-1)
+            to_gates = Job(rows, rows, 0, tokens, gates, 8)
+            ctx.team.run(linear_job, self.gate, work.normed, to_gates, alone=True)
+        y, down = work.y.reshape(-1), self.weights.down
+        job = kernels.FeedForwardJob(
+            _FIRST,
+            np.array([0, tokens]),
+            rows,
+            rows,
+            rows,
+            self.hidden,
+            self.up,
+            y,
+            work.y.shape[1],
+        )
+        total = kernels.Sum(
+            work.x.reshape(-1), work.x.shape[1], down.rows, y, work.ones, gates, tokens
+        )
+        alone = tokens * down.rows * down.cols < _ALONE
+        ctx.team.run(kernels.feed_forward, self.weights, work.normed, job, total, alone=alone)
+
+
+_FIRST = np.zeros(1, np.int64)
 
 
 class MoEPart:
-    """Routed experts, and the shared expert if there is one, added to the residual ctx.work.x."""
+    """x += the routed experts' weighted outputs, in the router's order; then the shared expert."""
 
     def __init__(
-        self, spec: MoE, source: WeightSource, experts: ExpertSource, layout: RecordLayout
+        self,
+        spec: MoE,
+        source: WeightSource,
+        work: Workspace,
+        experts: ExpertSource,
+        layout: RecordLayout,
     ) -> None:
         self.spec, self.experts = spec, experts
-        fmt = FORMATS[layout.format]
-        self.matrices = kernels.ExpertMatrices(
-            fmt.code, layout.gate, layout.up, layout.down, layout.hidden_size, layout.expert_size
+        code, arena = FORMATS[layout.format].code, experts.arena
+        wide = layout.expert_size, layout.hidden_size
+        self.weights = kernels.FeedForward(
+            Matrix(code, arena, layout.gate, *wide),
+            Matrix(code, arena, layout.up, *wide),
+            Matrix(code, arena, layout.down, *wide[::-1]),
         )
-        self.quantized_input = fmt.quantized_input
-        self.router = PackedLinear(spec.router.linear, source)
-        self.shared = None if spec.shared is None else DenseMLP(spec.shared, source)
-        self.shared_gate = (
-            None if spec.shared_gate is None else PackedLinear(spec.shared_gate, source)
-        )
+        self.hidden, self.up = work.mlp(spec.experts, work.chunk * spec.router.top_k)
+        self.shared = None
+        if spec.shared is not None:
+            self.shared = DensePart(spec.shared, source, work, spec.shared_gate)
 
     def __call__(self, ctx: Context, layer: int) -> None:
         work, tokens = ctx.work, ctx.tokens
-        self.router(ctx, work.normed, work.router_logits)
         logits = work.router_logits[:tokens, : self.spec.num_experts]
         selected, weights = route(self.spec.router, logits)
-        if self.quantized_input or (self.shared is not None and self.shared.quantized_input):
-            kernels.quantize_activations(work.normed, tokens)
-        self._routed(ctx, layer, selected)
-        parts = work.parts[: tokens * self.spec.router.top_k]
-        kernels.combine(parts, weights, work.x[:tokens])
-        if self.shared is not None:
-            self._shared(ctx)
-
-    def _routed(self, ctx: Context, layer: int, selected: np.ndarray) -> None:
-        # every expert's output for every token that chose it, to work.parts[token * K + rank]
-        work, top_k = ctx.work, self.spec.router.top_k
         flat = selected.reshape(-1)
-        order = np.argsort(flat, kind="stable").astype(np.int32)
-        ends = np.cumsum(np.bincount(flat, minlength=self.spec.num_experts))
-        wanted = flat.tolist() if len(selected) == 1 else np.unique(flat).tolist()
-        hidden, up = work.mlp(self.spec.experts, work.chunk * top_k)
-        act_hidden = hidden if self.quantized_input else hidden._replace(q=hidden.q[:0])
+        if tokens == 1:
+            wanted, runs = flat.tolist(), None
+        else:
+            order = np.argsort(flat, kind="stable").astype(np.int32)
+            ends = np.cumsum(np.bincount(flat, minlength=self.spec.num_experts))
+            wanted = np.unique(flat).tolist()
+            runs = {e: order[ends[e - 1] if e else 0 : ends[e]] for e in wanted}
+        left = len(wanted)
         for batch in self.experts.batches(layer, wanted):
-            runs = [order[ends[e - 1] if e else 0 : ends[e]] for e, _ in batch]
-            target = np.concatenate(runs)
-            job = kernels.ExpertJob(
-                np.array([slot * self.experts.record_bytes for _, slot in batch], np.int64),
-                np.cumsum([0, *map(len, runs)]),
-                target // np.int32(top_k),
-                target,
-                work.rows,
-                up,
-                act_hidden,
-                work.parts.reshape(-1),
-                work.parts.shape[1],
-            )
-            arena = self.experts.arena
-            alone = target.size * self.matrices.hidden * self.matrices.inner < _ALONE
-            ctx.team.run(kernels.gate_up_job, arena, self.matrices, work.normed, job, alone=alone)
-            ctx.team.run(kernels.down_job, arena, self.matrices, job, alone=alone)
+            left -= len(batch)
+            if runs is None:
+                target = np.array([wanted.index(e) for e, _ in batch], np.int32)
+                first = np.arange(len(batch) + 1)
+            else:
+                mine = [runs[e] for e, _ in batch]
+                target, first = np.concatenate(mine), np.cumsum([0, *map(len, mine)])
+            self._multiply(ctx, batch, (target, first), weights, 0 if left else tokens)
+        if self.shared is not None:
+            self.shared(ctx)
 
-    def _shared(self, ctx: Context) -> None:
-        work, tokens = ctx.work, ctx.tokens
-        assert self.shared is not None
-        self.shared(ctx)
-        y, size = work.y[:tokens], self.spec.experts.down.rows
-        if self.shared_gate is not None:
-            self.shared_gate(ctx, work.normed, work.shared_gate)
-            ops.scale_by_sigmoid(y, size, work.shared_gate)
-        ops.add_rows(work.x[:tokens], size, y)
+    def _multiply(
+        self,
+        ctx: Context,
+        batch: list[tuple[int, int]],
+        positions: tuple[np.ndarray, np.ndarray],
+        weights: F32,
+        tokens: int,
+    ) -> None:
+        """Computes a batch of experts; then, with tokens > 0, sums all parts into x."""
+        work, (target, first) = ctx.work, positions
+        parts, width = work.parts.reshape(-1), work.parts.shape[1]
+        base = np.array([slot for _, slot in batch], np.int64) * self.experts.record_bytes
+        source = target // np.int32(self.spec.router.top_k)
+        job = kernels.FeedForwardJob(
+            base, first, source, target, work.rows, self.hidden, self.up, parts, width
+        )
+        down = self.weights.down
+        total = kernels.Sum(
+            work.x.reshape(-1), work.x.shape[1], down.rows, parts, weights, ops.EMPTY, tokens
+        )
+        alone = target.size * down.rows * down.cols < _ALONE
+        ctx.team.run(kernels.feed_forward, self.weights, work.normed, job, total, alone=alone)

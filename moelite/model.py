@@ -6,65 +6,25 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moelite import kernels, ops
+from moelite import kernels
 from moelite.arch import Arch, MoE
+from moelite.dispatch import embed_rows, linear_job
 from moelite.kv import KVCache
 from moelite.layers import (
     AttentionPart,
     Context,
-    DenseMLP,
+    DensePart,
     ExpertSource,
     MoEPart,
-    PackedLinear,
-    PackedNorm,
     RopeTables,
     WeightSource,
-    rows_of,
+    load_matrix,
+    load_norm,
 )
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, Matrix, RecordLayout, pad
+from moelite.quant.base import F32, Job, Matrix, RecordLayout, pad
 from moelite.threads import Team
 from moelite.workspace import Workspace
-
-
-class DecoderLayer:
-    """x += attention(norm(x)); x += mlp(norm(x)), in ctx.work.x."""
-
-    def __init__(
-        self,
-        index: int,
-        arch: Arch,
-        source: WeightSource,
-        experts: ExpertSource,
-        layout: RecordLayout,
-        ropes: RopeTables,
-    ) -> None:
-        spec = arch.layers[index]
-        self.index = index
-        self.input_norm = PackedNorm(spec.input_norm, source)
-        self.attention = AttentionPart(spec.attention, source, ropes)
-        self.post_norm = PackedNorm(spec.post_norm, source)
-        self.mlp: DenseMLP | MoEPart
-        if isinstance(spec.mlp, MoE):
-            self.mlp = MoEPart(spec.mlp, source, experts, layout)
-        else:
-            self.mlp = DenseMLP(spec.mlp, source)
-
-    def __call__(self, ctx: Context, kv: KVCache) -> None:
-        work, size = ctx.work, self.input_norm.spec.size
-        x, y = work.x[: ctx.tokens], work.y[: ctx.tokens]
-        normed = rows_of(work.normed, ctx.tokens)
-        self.input_norm(x, normed)
-        self.attention(ctx, self.index, kv)
-        ops.add_rows(x, size, y)
-        self.post_norm(x, normed)
-        if isinstance(self.mlp, MoEPart):
-            self.mlp(ctx, self.index)
-            return
-        if self.mlp.quantized_input:
-            kernels.quantize_activations(work.normed, ctx.tokens)
-        self.mlp(ctx)
-        ops.add_rows(x, size, y)
 
 
 class Decoder:
@@ -84,16 +44,22 @@ class Decoder:
         self.arch, self.work = arch, work
         self.ctx = Context(team, work)
         ropes = RopeTables(arch, context)
-        self.head = PackedLinear(arch.head, source)
+        self.head = load_matrix(source, arch.head)
+        self.norm = load_norm(source, arch.norm)
         embed = arch.embed.key
-        packed = self.head.matrix.packed if arch.tied else source.read(embed)
+        packed = self.head.packed if arch.tied else source.read(embed)
         code = FORMATS[source.format_of(embed)].code
         self.embed = Matrix(code, packed, 0, arch.vocab_size, arch.hidden_size)
-        self.norm = PackedNorm(arch.norm, source)
-        self.layers = [
-            DecoderLayer(i, arch, source, experts, layout, ropes) for i in range(len(arch.layers))
-        ]
-        self.logit_rows = np.zeros((1, pad(arch.vocab_size, 8)), np.float32)
+        self.layers: list[tuple[AttentionPart, DensePart | MoEPart]] = []
+        for layer in arch.layers:
+            mlp: DensePart | MoEPart
+            if isinstance(layer.mlp, MoE):
+                mlp = MoEPart(layer.mlp, source, work, experts, layout)
+            else:
+                mlp = DensePart(layer.mlp, source, work)
+            self.layers.append((AttentionPart(layer, source, ropes, work), mlp))
+        self.buffers = work.buffers(arch.layers[0].attention.o.cols)
+        self.logit_row = np.zeros(pad(arch.vocab_size, 8), np.float32)
 
     def forward(
         self,
@@ -110,20 +76,21 @@ class Decoder:
         work, ctx = self.work, self.ctx
         rows = np.asarray(ids, np.int64)
         ctx.tokens, ctx.start = rows.size, start
-        kernels.embed_rows(self.embed, rows, work.x)
-        for layer in self.layers:
-            layer(ctx, kv)
+        embed_rows(self.embed, rows, work.x)
+        for i, (attention, mlp) in enumerate(self.layers):
+            attention(ctx, i, kv)
+            if isinstance(mlp, MoEPart):
+                mlp(ctx, i)
+            else:
+                mlp(ctx)
         if each is not None:
             for i in range(rows.size):
                 each(i, self.logits(i))
 
     def logits(self, row: int) -> F32:
         """logits [V] float32 of row `row` of the last chunk; overwritten by the next call."""
-        work, ctx = self.work, self.ctx
-        self.norm(work.x[row : row + 1], rows_of(work.normed, 1))
-        if self.head.quantized_input:
-            kernels.quantize_activations(work.normed, 1)
-        before, ctx.tokens = ctx.tokens, 1
-        self.head(ctx, work.normed, self.logit_rows)
-        ctx.tokens = before
-        return self.logit_rows[0, : self.arch.vocab_size]
+        kernels.norm_row(self.norm, self.buffers, row)
+        rows = self.work.rows
+        job = Job(rows, rows, 0, 1, self.logit_row, self.logit_row.size)
+        self.ctx.team.run(linear_job, self.head, self.work.normed, job)
+        return self.logit_row[: self.arch.vocab_size]

@@ -122,6 +122,23 @@ def _storer(value: Any, memory: Any, narrow: Callable[..., Any]) -> Any:
     return store
 
 
+def _prefetch(typingctx, arr, off):
+    def codegen(context, builder, signature, args):
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        place = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+        name = "llvm.prefetch.p0"
+        word = cgutils.get_or_insert_function(builder.module, kind, name)
+        builder.call(word, [place, *(ir.Constant(_I32, n) for n in (0, 3, 1))])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(arr, off), codegen
+
+
+# prefetch(array, offset): asks for the cache line there, which may lie past the array's end
+prefetch: Any = intrinsic(_prefetch)
+
+
 def _same(builder: Any, value: Any) -> Any:
     return value
 
@@ -172,6 +189,10 @@ load_bf16 = _loader(f32x8, _W8, _bf16_to_f32)  # in a uint16 array
 store_f32 = _storer(f32x8, _F8, _same)
 store_f16 = _storer(f32x8, _W8, _f32_to_half)
 splat_f32 = _word(f32x8, (types.float32,), lambda b, x: _splat(b, x, _F8))
+# one element of an array, 8 times. array[offset] would also ask whether the offset is negative,
+# which costs three instructions a use in the innermost loops.
+splat_f32_at = _loader(f32x8, ir.FloatType(), lambda b, v: _splat(b, v, _F8))
+splat_i32_at = _loader(i32x8, _I32, lambda b, v: _splat(b, v, _I8))
 zero_f32 = _word(f32x8, (), lambda b: ir.Constant(_F8, [0.0] * 8))
 add_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.fadd(x, y))
 sub_f32 = _word(f32x8, (f32x8, f32x8), lambda b, x, y: b.fsub(x, y))
@@ -240,6 +261,7 @@ load_i8x32 = _loader(i8x32, _B32, _same)
 load_i8_as_f32 = _loader(
     f32x8, ir.VectorType(ir.IntType(8), 8), lambda b, v: b.sitofp(b.sext(v, _I8), _F8)
 )  # 8 signed bytes
+store_i8x32 = _storer(i8x32, _B32, _same)
 store_f32_as_i8 = _storer(  # 8 whole floats in [-127, 127] to 8 signed bytes
     f32x8,
     ir.VectorType(ir.IntType(8), 8),
@@ -326,16 +348,47 @@ dot_i8 = _word(i32x8, (i32x8, i8x32, i8x32), _dot_i8)
 """acc + 8 dot products of 4, both signed in [-127, 127]: |w| times x with w's sign."""
 
 
-# --- sharing work between threads ---------------------------------------------------------------
+# --- 512-bit vectors, where jit.WIDE ------------------------------------------------------------
+
+f32x16 = Simd("f32", 16)
+i32x16 = Simd("i32", 16)
+i8x64 = Simd("i8", 64)
+_F16, _I16, _B64 = f32x16.llvm, i32x16.llvm, i8x64.llvm
 
 
-def _take(typingctx, counter, step):
-    def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, args[1], "monotonic")
-
-    return types.int64(counter, types.int64), codegen
+def _dot_u8_wide(b: Any, acc: Any, w: Any, x: Any) -> Any:
+    args = [acc, b.bitcast(w, _I16), b.bitcast(x, _I16)]
+    return _call(b, "llvm.x86.avx512.vpdpbusd.512", _I16, args)
 
 
-# take(counter, step): atomically adds step to counter[0] (int64) and returns what was there
-take: Any = intrinsic(_take)
+class Wide:
+    """The words of a product over many tokens, 16 lanes; `Narrow` has the same with 8."""
+
+    lanes = 16
+    zero = _word(f32x16, (), lambda b: ir.Constant(_F16, [0.0] * 16))
+    load_codes = _loader(i8x64, _B64, _same)
+    load_scales = _loader(f32x16, _F16, _same)
+    store = _storer(f32x16, _F16, _same)
+    splat4 = _loader(i8x64, _I32, lambda b, v: b.bitcast(_splat(b, v, _I16), _B64))
+    splat_f32_at = _loader(f32x16, ir.FloatType(), lambda b, v: _splat(b, v, _F16))
+    splat_i32_at = _loader(i32x16, _I32, lambda b, v: _splat(b, v, _I16))
+    zero_i32 = _word(i32x16, (), lambda b: ir.Constant(_I16, [0] * 16))
+    add_i32 = _word(i32x16, (i32x16, i32x16), lambda b, x, y: b.add(x, y))
+    mul = _word(f32x16, (f32x16, f32x16), lambda b, x, y: b.fmul(x, y))
+    fma = _word(
+        f32x16,
+        (f32x16, f32x16, f32x16),
+        lambda b, x, y, z: _call(b, "llvm.fma.v16f32", _F16, [x, y, z]),
+    )
+    to_f32 = _word(f32x16, (i32x16,), lambda b, x: b.sitofp(x, _F16))
+    dot_u8 = _word(i32x16, (i32x16, i8x64, i8x64), _dot_u8_wide)
+
+
+class Narrow:
+    """The same words with 8 lanes."""
+
+    lanes = 8
+    zero, load_codes, load_scales, store = zero_f32, load_i8x32, load_f32, store_f32
+    splat4, splat_f32_at, splat_i32_at = splat4, splat_f32_at, splat_i32_at
+    zero_i32, add_i32, mul, fma, to_f32 = zero_i32, add_i32, mul_f32, fma_f32, to_f32
+    dot_u8 = dot_u7  # of unsigned codes up to 127; with vnni up to 255

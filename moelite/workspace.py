@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.arch import Arch, GatedMLP, MoE
-from moelite.kernels import act_bytes, new_act
+from moelite.dispatch import act_bytes, new_act
+from moelite.kernels import LayerBuffers
 from moelite.quant.base import F32, Act, pad
 
 
@@ -36,9 +37,10 @@ def workspace_bytes(arch: Arch, chunk: int, threads: int, context: int) -> int:
     """Exact bytes of `Workspace(arch, chunk, threads, context)`."""
     hidden = pad(arch.hidden_size, 8)
     q, k, experts, top_k = _widths(arch)
-    rows = hidden * (2 + top_k) + q + 2 * k + experts + 8
+    rows = hidden * (2 + top_k) + q + 2 * k + experts + 9
     total = 4 * chunk * rows + act_bytes(chunk, arch.hidden_size, quantized=True)
-    total += act_bytes(chunk, max(a.attention.o.cols for a in arch.layers), quantized=True)
+    for cols in {layer.attention.o.cols for layer in arch.layers}:
+        total += act_bytes(chunk, cols, quantized=True)
     for count, inner in _mlp_shapes(arch, chunk):
         total += act_bytes(count, inner, quantized=True) + 4 * count * pad(inner, 32)
     d8 = max(pad(a.attention.head_dim, 8) for a in arch.layers)
@@ -48,8 +50,8 @@ def workspace_bytes(arch: Arch, chunk: int, threads: int, context: int) -> int:
 class Workspace:
     """Buffers for up to `chunk` tokens. Widths are padded to 8 floats, activations to 32.
 
-    x [T, H8] residual; normed: Act of H; q, k, v [T, ...]; attended: Act of N * D; y [T, H8];
-    router_logits [T, E8]; parts [T * K, H8] expert outputs by token and rank;
+    x [T, H8] residual; normed: Act of H; q, k, v [T, ...]; attended[N * D]: Act; y [T, H8];
+    router_logits [T, E8]; ones [T, 1]; parts [T * K, H8] expert outputs by token and rank;
     hidden[(rows, inner)]: Act, up[(rows, inner)]: float32, of each feed-forward part.
     """
 
@@ -65,10 +67,12 @@ class Workspace:
         self.v = np.zeros((chunk, k), np.float32)
         self.router_logits = np.zeros((chunk, experts), np.float32)
         self.shared_gate = np.zeros((chunk, 8), np.float32)
+        self.ones = np.ones((chunk, 1), np.float32)
         self.normed = new_act(chunk, arch.hidden_size, quantized=True)
-        self.attended = new_act(
-            chunk, max(layer.attention.o.cols for layer in arch.layers), quantized=True
-        )
+        self.attended = {
+            cols: new_act(chunk, cols, quantized=True)
+            for cols in {layer.attention.o.cols for layer in arch.layers}
+        }
         self.hidden: dict[tuple[int, int], Act] = {}
         self.up: dict[tuple[int, int], F32] = {}
         for count, inner in _mlp_shapes(arch, chunk):
@@ -78,6 +82,25 @@ class Workspace:
         self.scores = np.zeros((threads, context + 8 + d8), np.float32)
         # positions 0..n: the source, target and place of rows that stay where they are
         self.rows = np.arange(max(chunk * max(top_k, 1), 1), dtype=np.int32)
+
+    def buffers(self, attended: int) -> LayerBuffers:
+        """The buffers as a kernel takes them, for an attention output of `attended` columns."""
+        return LayerBuffers(
+            self.x.reshape(-1),
+            self.x.shape[1],
+            self.q.reshape(-1),
+            self.q.shape[1],
+            self.k.reshape(-1),
+            self.v.reshape(-1),
+            self.k.shape[1],
+            self.y.reshape(-1),
+            self.normed,
+            self.attended[attended],
+            self.router_logits.reshape(-1),
+            self.router_logits.shape[1],
+            self.scores,
+            self.rows,
+        )
 
     def mlp(self, part: GatedMLP, rows: int) -> tuple[Act, F32]:
         """(hidden, up) of a feed-forward part computed over `rows` rows."""

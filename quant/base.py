@@ -32,16 +32,18 @@ class Act(NamedTuple):
     """Activations of T tokens, as kernels read them.
 
     x    float32 [T * width]: the values, `width` apart, zero beyond `cols` up to a multiple of 8.
-    q    int8 [T * blocks * 32], scale float32 [T * blocks], total int32 [T * blocks]: the same per
-         block of 32 columns, x ~= q * scale with |q| <= 127, and the exact sum of q.
-    A format reads x or (q, scale, total), never both; what it does not read may be empty.
+    q    int8 [T * blocks * 32], scale float32 [T * blocks]: the same per block of 32 columns,
+         x ~= q * scale with |q| <= 127.
+    bias int32 [T * blocks]: -64 * sum of the block's q. Where codes are stored 64 too high, to be
+         unsigned, a dot product that starts from it comes out right.
+    A format reads x or (q, scale, bias), never both; what it does not read may be empty.
     """
 
     x: F32
     width: int
     q: npt.NDArray[np.int8]
     scale: F32
-    total: npt.NDArray[np.int32]
+    bias: npt.NDArray[np.int32]
     blocks: int
 
 

@@ -16,16 +16,15 @@ from moelite.simd import (
     load_bf16,
 )
 
-multiply = make_multiply(load_bf16, 2)
+multiply = make_multiply(load_bf16, 2, "bf16")
 
 
 @inner
 def row(matrix, r, out):
-    _, packed, base, _, cols = matrix
-    bits = packed[base + r * cols * 2 : base + (r + 1) * cols * 2].view(np.uint16)
-    wide = out[:cols].view(np.uint32)
-    for c in range(cols):
-        wide[c] = np.uint32(bits[c]) << np.uint32(16)
+    bits, at = out.view(np.uint32), matrix.base + r * matrix.cols * 2
+    for c in range(matrix.cols):
+        low, high = matrix.packed[at + c * 2], matrix.packed[at + c * 2 + 1]
+        bits[c] = np.uint32(low) << np.uint32(16) | np.uint32(high) << np.uint32(24)
 
 
 class BFloat16:

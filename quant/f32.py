@@ -14,13 +14,14 @@ from moelite.simd import (
     load_f32,
 )
 
-multiply = make_multiply(load_f32, 4)
+multiply = make_multiply(load_f32, 4, "f32")
 
 
 @inner
 def row(matrix, r, out):
-    _, packed, base, _, cols = matrix
-    out[:cols] = packed[base + r * cols * 4 : base + (r + 1) * cols * 4].view(np.float32)
+    bytes_out, at = out.view(np.uint8), matrix.base + r * matrix.cols * 4
+    for i in range(matrix.cols * 4):
+        bytes_out[i] = matrix.packed[at + i]
 
 
 class Float32:

@@ -14,15 +14,11 @@ from moelite.jit import inlined, inner
 from moelite.simd import fma_f32, load_f32, sum_f32, zero_f32
 
 
-def make_multiply(load: Any, size: int) -> Any:
+def make_multiply(load: Any, size: int, name: str) -> Any:
     """The `multiply` of a row-major format whose word `load` reads 8 weights of `size` bytes."""
-    four_rows, four_tokens, last = (
-        _four_rows(load, size),
-        _four_tokens(load, size),
-        _last(load, size),
-    )
+    args = load, size, name
+    four_rows, four_tokens, last = _four_rows(*args), _four_tokens(*args), _last(*args)
 
-    @inner
     def tokens4(matrix, act, job, p, rows, tail):
         # positions p .. p + 3 times every row of `rows`, a weight being loaded once for all four
         _, packed, base, _, cols = matrix
@@ -37,7 +33,6 @@ def make_multiply(load: Any, size: int) -> Any:
             out[dst[p + 2] * width + r] = last(a2, packed, at, cols, x, o2, tail)
             out[dst[p + 3] * width + r] = last(a3, packed, at, cols, x, o3, tail)
 
-    @inner
     def token1(matrix, act, job, p, rows, tail):
         # position p times every row of `rows`, four rows at once to keep four sums in flight
         _, packed, base, _, cols = matrix
@@ -55,7 +50,8 @@ def make_multiply(load: Any, size: int) -> Any:
                 out[to + r + 3] = last(a3, packed, at + 3 * step, cols, x, off, tail)
             r += 4 if gap else 1
 
-    @inner
+    tokens4, token1 = inner(tokens4, name), inner(token1, name)
+
     def multiply(matrix, act, job, start, stop):
         tail = np.zeros(32, np.uint8)
         p = job.first
@@ -67,11 +63,10 @@ def make_multiply(load: Any, size: int) -> Any:
                 token1(matrix, act, job, p, (start, stop), tail)
                 p += 1
 
-    return multiply
+    return inner(multiply, name)
 
 
-def _four_rows(load: Any, size: int) -> Any:
-    @inlined
+def _four_rows(load: Any, size: int, name: str) -> Any:
     def four_rows(packed, at, step, eights, x, off):
         # 4 rows at byte at, at + step, ... times the same activations
         a0, a1, a2, a3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
@@ -84,11 +79,10 @@ def _four_rows(load: Any, size: int) -> Any:
             a3 = fma_f32(load(packed, w + 3 * step), v, a3)
         return a0, a1, a2, a3
 
-    return four_rows
+    return inlined(four_rows, name)
 
 
-def _four_tokens(load: Any, size: int) -> Any:
-    @inlined
+def _four_tokens(load: Any, size: int, name: str) -> Any:
     def four_tokens(packed, at, eights, x, offs):
         # one row times 4 activation rows
         a0, a1, a2, a3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
@@ -100,11 +94,10 @@ def _four_tokens(load: Any, size: int) -> Any:
             a3 = fma_f32(w, load_f32(x, offs[3] + i * 8), a3)
         return a0, a1, a2, a3
 
-    return four_tokens
+    return inlined(four_tokens, name)
 
 
-def _last(load: Any, size: int) -> Any:
-    @inlined
+def _last(load: Any, size: int, name: str) -> Any:
     def last(acc, packed, at, cols, x, off, tail):
         # adds the columns after the last whole eight, then the lanes
         done = cols // 8 * 8
@@ -114,4 +107,4 @@ def _last(load: Any, size: int) -> Any:
             tail[i] = packed[at + done * size + i]
         return sum_f32(fma_f32(load(tail, 0), load_f32(x, off + done), acc))
 
-    return last
+    return inlined(last, name)

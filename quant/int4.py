@@ -14,8 +14,8 @@ Layout of a [O, I] matrix, O padded to 8 rows (tiles) and I to 32 columns (block
     row scales    float32 [tiles * 8]
     table         int8 [16]
 
-Multiplication looks codes up as table + 63 (0..126, unsigned) and takes activations as int8
-blocks: dot = sum (table + 63) q - 63 sum q, exact in int32; acc += dot * (block_scale * x_scale) in
+Multiplication looks codes up as table + 64 (1..127, unsigned) and takes activations as int8
+blocks: dot = sum (table + 64) q - 64 sum q, exact in int32; acc += dot * (block_scale * x_scale) in
 float32, blocks in order; the row scale multiplies the sum.
 """
 
@@ -35,7 +35,9 @@ from moelite.quant.base import (
     pad,
 )
 from moelite.quant.int4_pack import encode_rows, views
+from moelite.quant.tiles import MANY, make_block, make_many
 from moelite.simd import (
+    Narrow,
     add_i8,
     dot_u7,
     fma_f32,
@@ -47,24 +49,22 @@ from moelite.simd import (
     lookup16,
     low_nibbles,
     mul_f32,
-    splat4,
-    splat_f32,
+    prefetch,
+    splat_f32_at,
     splat_i8,
-    splat_i32,
     store_f32,
-    sub_i32,
-    to_f32,
+    store_i8x32,
     zero_f32,
-    zero_i32,
 )
 
-OFFSET = 63  # makes table entries unsigned
+AHEAD = 4096
+OFFSET = 64  # makes table entries unsigned: 1..127
 _CODES = TILE_ROWS * BLOCK // 2  # bytes of a tile and block
 
 
 @inlined
 def _decode(packed, at, table):
-    # 128 bytes -> 8 vectors: vector g holds columns 4g..4g+3 of 8 rows, as table + 63
+    # 128 bytes -> 8 vectors: vector g holds columns 4g..4g+3 of 8 rows, as table + 64
     v0, v1 = load_i8x32(packed, at), load_i8x32(packed, at + 32)
     v2, v3 = load_i8x32(packed, at + 64), load_i8x32(packed, at + 96)
     return (
@@ -79,87 +79,91 @@ def _decode(packed, at, table):
     )
 
 
-@inlined
-def _dot(w, act, k):
-    # 8 rows x 32 columns times block k of the activations
-    q, x = act.q, k * 32
-    s = sub_i32(zero_i32(), splat_i32(np.int32(OFFSET) * act.total[k]))
-    s = dot_u7(s, w[0], splat4(q, x))
-    s = dot_u7(s, w[1], splat4(q, x + 4))
-    s = dot_u7(s, w[2], splat4(q, x + 8))
-    s = dot_u7(s, w[3], splat4(q, x + 12))
-    s = dot_u7(s, w[4], splat4(q, x + 16))
-    s = dot_u7(s, w[5], splat4(q, x + 20))
-    s = dot_u7(s, w[6], splat4(q, x + 24))
-    return to_f32(dot_u7(s, w[7], splat4(q, x + 28)))
+_dot = make_block(Narrow, dot_u7, 1, "int4.one")
 
 
 @inlined
 def _one(packed, codes, scales, table, act, token):
     acc = zero_f32()
     for b in range(act.blocks):
+        prefetch(packed, codes + b * 128 + AHEAD)
+        prefetch(packed, codes + b * 128 + AHEAD + 64)
         k = token * act.blocks + b
-        scale = mul_f32(load_i8_as_f32(packed, scales + b * 8), splat_f32(act.scale[k]))
+        scale = mul_f32(load_i8_as_f32(packed, scales + b * 8), splat_f32_at(act.scale, k))
         acc = fma_f32(_dot(_decode(packed, codes + b * 128, table), act, k), scale, acc)
     return acc
 
 
 @inlined
-def _four(packed, codes, scales, table, act, tokens):
-    a0, a1, a2, a3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
-    k0, k1, k2, k3 = tokens
-    for b in range(act.blocks):
-        w = _decode(packed, codes + b * 128, table)
-        s = load_i8_as_f32(packed, scales + b * 8)
-        a0 = fma_f32(_dot(w, act, k0 + b), mul_f32(s, splat_f32(act.scale[k0 + b])), a0)
-        a1 = fma_f32(_dot(w, act, k1 + b), mul_f32(s, splat_f32(act.scale[k1 + b])), a1)
-        a2 = fma_f32(_dot(w, act, k2 + b), mul_f32(s, splat_f32(act.scale[k2 + b])), a2)
-        a3 = fma_f32(_dot(w, act, k3 + b), mul_f32(s, splat_f32(act.scale[k3 + b])), a3)
-    return a0, a1, a2, a3
+def _places(matrix, blocks):
+    # byte offsets of codes, block scales, row scales and table
+    tiles = (matrix.rows + 7) // 8
+    scales = matrix.base + tiles * blocks * 128
+    rows = scales + tiles * blocks * 8
+    return matrix.base, scales, rows, rows + tiles * 32
+
+
+@inlined
+def _table(packed, at):
+    return add_i8(load_table16(packed, at), splat_i8(np.int8(OFFSET)))
+
+
+@inner
+def _unpack_tile(matrix, tile, blocks, out, lanes):
+    # one tile as lanes out.lane .. + 8 of groups of `lanes` rows: table entries + 64, and scales
+    packed = matrix.packed
+    codes_at, scales_at, rows_at, table_at = _places(matrix, blocks)
+    table = _table(packed, table_at)
+    codes, scales, last, lane = out
+    for b in range(blocks):
+        w = _decode(packed, codes_at + (tile * blocks + b) * 128, table)
+        at, step = b * lanes * 32 + lane * 4, lanes * 4
+        store_i8x32(codes, at, w[0])
+        store_i8x32(codes, at + step, w[1])
+        store_i8x32(codes, at + step * 2, w[2])
+        store_i8x32(codes, at + step * 3, w[3])
+        store_i8x32(codes, at + step * 4, w[4])
+        store_i8x32(codes, at + step * 5, w[5])
+        store_i8x32(codes, at + step * 6, w[6])
+        store_i8x32(codes, at + step * 7, w[7])
+        scale = load_i8_as_f32(packed, scales_at + (tile * blocks + b) * 8)
+        store_f32(scales, b * lanes + lane, scale)
+    store_f32(last, lane, load_f32(packed, rows_at + tile * 32))
+
+
+_many = make_many(_unpack_tile, dot_u7, 1, "int4")
 
 
 @inner
 def multiply(matrix, act, job, start, stop):
-    packed, base = matrix.packed, matrix.base
-    tiles = (matrix.rows + 7) // 8
-    nb = act.blocks
-    scales_at = base + tiles * nb * 128
-    rows_at = scales_at + tiles * nb * 8
-    src, dst, out, width = job.source, job.target, job.out, job.width
-    table = add_i8(load_table16(packed, rows_at + tiles * 32), splat_i8(np.int8(OFFSET)))
-    for tile in range(start // 8, (stop + 7) // 8):
-        codes = base + tile * nb * 128
-        scales = scales_at + tile * nb * 8
+    first, last, nb = start // 8, (stop + 7) // 8, act.blocks
+    if job.last - job.first >= MANY:
+        _many(matrix, act, job, first, last)
+        return
+    packed = matrix.packed
+    codes_at, scales_at, rows_at, table_at = _places(matrix, nb)
+    table = _table(packed, table_at)
+    for tile in range(first, last):
+        codes, scales = codes_at + tile * nb * 128, scales_at + tile * nb * 8
         row_scale = load_f32(packed, rows_at + tile * 32)
-        p = job.first
-        while p + 4 <= job.last:
-            at = (src[p] * nb, src[p + 1] * nb, src[p + 2] * nb, src[p + 3] * nb)
-            a0, a1, a2, a3 = _four(packed, codes, scales, table, act, at)
-            store_f32(out, dst[p] * width + tile * 8, mul_f32(a0, row_scale))
-            store_f32(out, dst[p + 1] * width + tile * 8, mul_f32(a1, row_scale))
-            store_f32(out, dst[p + 2] * width + tile * 8, mul_f32(a2, row_scale))
-            store_f32(out, dst[p + 3] * width + tile * 8, mul_f32(a3, row_scale))
-            p += 4
-        while p < job.last:
-            acc = _one(packed, codes, scales, table, act, src[p])
-            store_f32(out, dst[p] * width + tile * 8, mul_f32(acc, row_scale))
-            p += 1
+        for p in range(job.first, job.last):
+            acc = _one(packed, codes, scales, table, act, job.source[p])
+            store_f32(job.out, job.target[p] * job.width + tile * 8, mul_f32(acc, row_scale))
 
 
 @inner
 def row(matrix, r, out):
-    _, packed, base, rows, cols = matrix
-    tiles, blocks = (rows + 7) // 8, (cols + 31) // 32
-    tile, lane = r // 8, r % 8
-    scales = base + tiles * blocks * 128
-    row_scales = packed[scales + tiles * blocks * 8 :][: tiles * 32].view(np.float32)
-    table = scales + tiles * blocks * 8 + tiles * 32
-    for c in range(cols):
-        block, group = tile * blocks + c // 32, c % 32 // 4
-        pair = np.int64(packed[base + block * 128 + group // 2 * 32 + lane * 4 + c % 4])
-        entry = np.int8(packed[table + (pair >> 4 if group % 2 else pair & 15)])
-        scale = np.int8(packed[scales + block * 8 + lane])
-        out[c] = np.float32(entry) * np.float32(scale) * row_scales[r]
+    packed, blocks = matrix.packed, (matrix.cols + 31) // 32
+    first, lane = r // 8 * blocks, r % 8
+    codes_at, scales_at, rows_at, table_at = _places(matrix, blocks)
+    row_scales = np.empty(8, np.float32)
+    store_f32(row_scales, 0, load_f32(packed, rows_at + r // 8 * 32))
+    for c in range(matrix.cols):
+        block, group = first + c // 32, c % 32 // 4
+        pair = np.int64(packed[codes_at + block * 128 + group // 2 * 32 + lane * 4 + c % 4])
+        entry = np.int8(packed[table_at + (pair >> 4 if group % 2 else pair & 15)])
+        scale = np.int8(packed[scales_at + block * 8 + lane])
+        out[c] = np.float32(entry) * np.float32(scale) * row_scales[lane]
 
 
 class Int4:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.errors import QuantizationError
-from moelite.jit import inlined, inner
+from moelite.jit import TARGET, inlined, inner
 from moelite.quant.base import (
     BLOCK,
     F32,
@@ -28,20 +28,28 @@ from moelite.quant.base import (
     pack_whole,
     pad,
 )
+from moelite.quant.tiles import MANY, make_many
 from moelite.simd import (
+    add_i8,
     dot_i8,
+    dot_u7,
     fma_f32,
     load_f16,
     load_i8x32,
     mul_f32,
+    prefetch,
     splat4,
     splat_f32,
+    splat_f32_at,
+    splat_i8,
     store_f32,
+    store_i8x32,
     to_f32,
     zero_f32,
     zero_i32,
 )
 
+AHEAD = 4096
 _CODES, _SCALES = TILE_ROWS * BLOCK, TILE_ROWS * 2  # bytes of a tile and block
 
 
@@ -63,75 +71,66 @@ def _dot(packed, at, q, x):
 def _one(packed, codes, scales, act, token):
     acc = zero_f32()
     for b in range(act.blocks):
+        for line in range(4):
+            prefetch(packed, codes + b * 256 + AHEAD + line * 64)
         k = token * act.blocks + b
-        scale = mul_f32(load_f16(packed, scales + b * 16), splat_f32(act.scale[k]))
+        scale = mul_f32(load_f16(packed, scales + b * 16), splat_f32_at(act.scale, k))
         acc = fma_f32(_dot(packed, codes + b * 256, act.q, k * 32), scale, acc)
     return acc
 
 
-@inlined
-def _four(packed, codes, scales, act, tokens):
-    a0, a1, a2, a3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
-    k0, k1, k2, k3 = tokens
-    for b in range(act.blocks):
-        at = codes + b * 256
-        w = load_f16(packed, scales + b * 16)
-        s0 = mul_f32(w, splat_f32(act.scale[k0 + b]))
-        a0 = fma_f32(_dot(packed, at, act.q, (k0 + b) * 32), s0, a0)
-        s1 = mul_f32(w, splat_f32(act.scale[k1 + b]))
-        a1 = fma_f32(_dot(packed, at, act.q, (k1 + b) * 32), s1, a1)
-        s2 = mul_f32(w, splat_f32(act.scale[k2 + b]))
-        a2 = fma_f32(_dot(packed, at, act.q, (k2 + b) * 32), s2, a2)
-        s3 = mul_f32(w, splat_f32(act.scale[k3 + b]))
-        a3 = fma_f32(_dot(packed, at, act.q, (k3 + b) * 32), s3, a3)
-    return a0, a1, a2, a3
+# vnni multiplies bytes up to 255: a code is then stored 128 too high. Elsewhere it stays signed.
+_SHIFT = np.int8(-128) if TARGET == "vnni" else np.int8(0)
+
+
+@inner
+def _unpack_tile(matrix, tile, blocks, out, lanes):
+    # one tile as lanes out.lane .. + 8 of groups of `lanes` rows: codes + _SHIFT, and scales
+    packed = matrix.packed
+    tiles = (matrix.rows + 7) // 8
+    codes, scales, last, lane = out
+    shift = splat_i8(_SHIFT)
+    for b in range(blocks):
+        at = matrix.base + (tile * blocks + b) * 256
+        for g in range(8):
+            w = add_i8(load_i8x32(packed, at + g * 32), shift)
+            store_i8x32(codes, (b * 8 + g) * lanes * 4 + lane * 4, w)
+        scale = load_f16(packed, matrix.base + tiles * blocks * 256 + (tile * blocks + b) * 16)
+        store_f32(scales, b * lanes + lane, scale)
+    store_f32(last, lane, splat_f32(np.float32(1)))
+
+
+_WORDS = (dot_u7, 2) if TARGET == "vnni" else (dot_i8, 0)
+_many = make_many(_unpack_tile, *_WORDS, "int8")
 
 
 @inner
 def multiply(matrix, act, job, start, stop):
-    packed, base = matrix.packed, matrix.base
+    first, last, nb = start // 8, (stop + 7) // 8, act.blocks
+    if job.last - job.first >= MANY:
+        _many(matrix, act, job, first, last)
+        return
     tiles = (matrix.rows + 7) // 8
-    nb = act.blocks
-    src, dst, out, width = job.source, job.target, job.out, job.width
-    for tile in range(start // 8, (stop + 7) // 8):
-        codes = base + tile * nb * 256
-        scales = base + tiles * nb * 256 + tile * nb * 16
-        p = job.first
-        while p + 4 <= job.last:
-            at = (src[p] * nb, src[p + 1] * nb, src[p + 2] * nb, src[p + 3] * nb)
-            a0, a1, a2, a3 = _four(packed, codes, scales, act, at)
-            store_f32(out, dst[p] * width + tile * 8, a0)
-            store_f32(out, dst[p + 1] * width + tile * 8, a1)
-            store_f32(out, dst[p + 2] * width + tile * 8, a2)
-            store_f32(out, dst[p + 3] * width + tile * 8, a3)
-            p += 4
-        while p < job.last:
-            store_f32(out, dst[p] * width + tile * 8, _one(packed, codes, scales, act, src[p]))
-            p += 1
+    for tile in range(first, last):
+        codes = matrix.base + tile * nb * 256
+        scales = matrix.base + tiles * nb * 256 + tile * nb * 16
+        for p in range(job.first, job.last):
+            acc = _one(matrix.packed, codes, scales, act, job.source[p])
+            store_f32(job.out, job.target[p] * job.width + tile * 8, acc)
 
 
 @inner
 def row(matrix, r, out):
-    _, packed, base, rows, cols = matrix
-    blocks = (cols + 31) // 32
-    tile, lane = r // 8, r % 8
-    scales = packed[base + (rows + 7) // 8 * blocks * 256 :].view(np.uint16)
-    for c in range(cols):
-        block = tile * blocks + c // 32
-        code = np.int8(packed[base + block * 256 + (c % 32) // 4 * 32 + lane * 4 + c % 4])
-        out[c] = np.float32(code) * half(scales[block * 8 + lane])
-
-
-@inner
-def half(bits):
-    """The float32 value of an fp16's bits."""
-    size = np.float32(bits & 0x3FF)
-    exponent = (bits >> 10) & 31
-    if exponent:
-        size = (size + np.float32(1024)) * np.float32(2.0) ** np.float32(exponent - 25)
-    else:
-        size = size * np.float32(2.0**-24)
-    return -size if bits & 0x8000 else size
+    packed, blocks = matrix.packed, (matrix.cols + 31) // 32
+    first, lane = r // 8 * blocks, r % 8
+    scales_at = matrix.base + (matrix.rows + 7) // 8 * blocks * 256
+    scales = np.empty(8, np.float32)
+    for c in range(matrix.cols):
+        block = first + c // 32
+        if c % 32 == 0:
+            store_f32(scales, 0, load_f16(packed, scales_at + block * 16))
+        code = np.int8(packed[matrix.base + block * 256 + (c % 32) // 4 * 32 + lane * 4 + c % 4])
+        out[c] = np.float32(code) * scales[lane]
 
 
 class Int8:

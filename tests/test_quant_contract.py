@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moelite.dispatch import embed_rows, linear_job, new_act, quantize_activations
 from moelite.errors import QuantizationError
-from moelite.kernels import embed_rows, linear_job, new_act, quantize_activations
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, Job, Matrix, QuantFormat, empty_packed, pad, record_layout
+from moelite.sync import SIZE
 
 # Largest squared error over squared weight on normal weights: what each format promises.
 ERROR = {"f32": 0.0, "bf16": 3e-6, "int8": 3.5e-5, "int4": 5.7e-3}
@@ -39,7 +40,7 @@ def product(fmt: QuantFormat, weight: F32, x: F32, pieces: list[int] | None = No
     cuts = [0, *(pieces or []), tokens]
     for first, last in itertools.pairwise(cuts):
         job = Job(order, order, first, last, out.reshape(-1), width)
-        linear_job(0, np.zeros(8, np.int64), Matrix(fmt.code, packed, 0, rows, cols), act, job)
+        linear_job(0, np.zeros(SIZE, np.int64), Matrix(fmt.code, packed, 0, rows, cols), act, job)
     seen = x.astype(np.float64)
     if fmt.quantized_input:
         blocks = act.q.reshape(tokens, -1, 32) * act.scale.reshape(tokens, -1, 1).astype(np.float64)

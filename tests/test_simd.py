@@ -185,3 +185,18 @@ def test_an_edit_in_the_vocabulary_is_seen_by_a_cached_kernel(tmp_path) -> None:
         "from moelite.jit import inner\n@inner\ndef f(x):\n    return x + 100\n"
     )
     assert run() == "101\n"
+
+
+def test_two_kernels_of_one_name_are_refused() -> None:
+    """Cached machine code is linked by name: a factory must tag what it makes."""
+
+    def make(tag: str):
+        def same(x):
+            return x
+
+        return jit.inner(same, tag)
+
+    make("first")
+    make("second")
+    with pytest.raises(RuntimeError, match="two kernels are called"):
+        make("second")

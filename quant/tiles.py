@@ -1,0 +1,152 @@
+"""Many tokens times tiles of 8 rows: what `int4` and `int8` share once a tile is unpacked.
+
+Unpacked, one tile, or two side by side where vectors are 512 bits wide, is bytes [blocks, 8 groups,
+rows, 4 columns] and float32 scales [blocks, rows]: small enough to stay in the second-level cache
+(36 KiB at 2048 columns) while every token passes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from moelite.jit import WIDE, inlined, inner
+from moelite.simd import Narrow, Wide
+
+MANY = 8  # positions from which unpacking pays
+TILES = 2 if WIDE else 1  # tiles unpacked together
+
+
+def make_gemm(words: Any, dot: Any, offset: int, name: str) -> Any:
+    """The product for tiles whose bytes are code + 64 * offset (0, 1 or 2), by the word `dot`.
+
+    gemm(codes, scales, row_scales, act, job, row): rows row .. row + lanes of the result, for all
+    positions of the job, in the same arithmetic as a format's own product of one token.
+    """
+    w = words
+    zero, load_scales, store, mul, fma = w.zero, w.load_scales, w.store, w.mul, w.fma
+    scale_at, lanes = w.splat_f32_at, w.lanes
+    block, load = make_block(words, dot, offset, name), _make_load(words, name)
+
+    def four(codes, scales, act, tokens):
+        a0, a1, a2, a3 = zero(), zero(), zero(), zero()
+        k0, k1, k2, k3 = tokens
+        for b in range(act.blocks):
+            w = load(codes, b * lanes * 32)
+            s = load_scales(scales, b * lanes)
+            a0 = fma(block(w, act, k0 + b), mul(s, scale_at(act.scale, k0 + b)), a0)
+            a1 = fma(block(w, act, k1 + b), mul(s, scale_at(act.scale, k1 + b)), a1)
+            a2 = fma(block(w, act, k2 + b), mul(s, scale_at(act.scale, k2 + b)), a2)
+            a3 = fma(block(w, act, k3 + b), mul(s, scale_at(act.scale, k3 + b)), a3)
+        return a0, a1, a2, a3
+
+    def one(codes, scales, act, token):
+        acc = zero()
+        for b in range(act.blocks):
+            s = mul(load_scales(scales, b * lanes), scale_at(act.scale, token + b))
+            acc = fma(block(load(codes, b * lanes * 32), act, token + b), s, acc)
+        return acc
+
+    four, one = inlined(four, name), inlined(one, name)
+
+    def gemm(codes, scales, row_scales, act, job, row):
+        src, dst, out, width, nb = job.source, job.target, job.out, job.width, act.blocks
+        last = load_scales(row_scales, 0)
+        p = job.first
+        while p + 4 <= job.last:
+            at = (src[p] * nb, src[p + 1] * nb, src[p + 2] * nb, src[p + 3] * nb)
+            a0, a1, a2, a3 = four(codes, scales, act, at)
+            store(out, dst[p] * width + row, mul(a0, last))
+            store(out, dst[p + 1] * width + row, mul(a1, last))
+            store(out, dst[p + 2] * width + row, mul(a2, last))
+            store(out, dst[p + 3] * width + row, mul(a3, last))
+            p += 4
+        while p < job.last:
+            acc = one(codes, scales, act, src[p] * nb)
+            store(out, dst[p] * width + row, mul(acc, last))
+            p += 1
+
+    return inner(gemm, name)
+
+
+def _make_load(words: Any, name: str) -> Any:
+    load, size = words.load_codes, words.lanes * 4
+
+    def load8(codes, at):
+        # the 8 groups of a block
+        return (
+            load(codes, at),
+            load(codes, at + size),
+            load(codes, at + size * 2),
+            load(codes, at + size * 3),
+            load(codes, at + size * 4),
+            load(codes, at + size * 5),
+            load(codes, at + size * 6),
+            load(codes, at + size * 7),
+        )
+
+    return inlined(load8, name)
+
+
+def make_block(words: Any, dot: Any, offset: int, name: str) -> Any:
+    """block(w, act, k): 8 vectors of codes + 64 * offset times block k of the activations, as
+    float32 lanes of the rows' exact sums."""
+    start, splat4, to_f32 = _make_start(words, offset, name), words.splat4, words.to_f32
+
+    def block(w, act, k):
+        q, x = act.q, k * 32
+        s = dot(start(act, k), w[0], splat4(q, x))
+        s = dot(s, w[1], splat4(q, x + 4))
+        s = dot(s, w[2], splat4(q, x + 8))
+        s = dot(s, w[3], splat4(q, x + 12))
+        s = dot(s, w[4], splat4(q, x + 16))
+        s = dot(s, w[5], splat4(q, x + 20))
+        s = dot(s, w[6], splat4(q, x + 24))
+        return to_f32(dot(s, w[7], splat4(q, x + 28)))
+
+    return inlined(block, name)
+
+
+def _make_start(words: Any, offset: int, name: str) -> Any:
+    zero, bias_at, add = words.zero_i32, words.splat_i32_at, words.add_i32
+
+    def start0(act, k):
+        return zero()
+
+    def start1(act, k):
+        return bias_at(act.bias, k)
+
+    def start2(act, k):
+        return add(bias_at(act.bias, k), bias_at(act.bias, k))
+
+    return inlined((start0, start1, start2)[offset], name)
+
+
+def make_many(unpack: Any, dot: Any, offset: int, name: str) -> Any:
+    """The product of tiles first .. stop of a matrix with many positions: `many(matrix, act, job,
+    first, stop)`, from a format's `unpack` of one tile.
+
+    unpack(matrix, tile, blocks, (codes, scales, last, lane), lanes) writes a tile as lanes lane ..
+    lane + 8 of an unpacked group of `lanes` rows; `last` are the scales of whole rows.
+    """
+    narrow = make_gemm(Narrow, dot, offset, name)
+    wide = make_gemm(Wide, Wide.dot_u8, offset, f"{name}.wide") if WIDE else narrow
+
+    def many(matrix, act, job, first, stop):
+        codes = np.empty(act.blocks * TILES * 256, np.uint8)
+        scales = np.empty(act.blocks * TILES * 8, np.float32)
+        last = np.empty(TILES * 8, np.float32)
+        tile = first
+        while tile < stop:
+            if TILES == 2 and tile + 2 <= stop:
+                unpack(matrix, tile, act.blocks, (codes, scales, last, 0), 16)
+                unpack(matrix, tile + 1, act.blocks, (codes, scales, last, 8), 16)
+                wide(codes, scales, last, act, job, tile * 8)
+                tile += 2
+            else:
+                unpack(matrix, tile, act.blocks, (codes, scales, last, 0), 8)
+                narrow(codes, scales, last, act, job, tile * 8)
+                tile += 1
+
+    return inner(many, name)
