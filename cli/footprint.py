@@ -49,7 +49,7 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
         typer.Option(help="As if its experts were quantized to this."),
     ] = "int4",
     dense: Annotated[
-        Literal["int8", "bf16", "f32"], typer.Option(help="As if its other weights were.")
+        Literal["int4", "int8", "bf16", "f32"], typer.Option(help="As if its other weights were.")
     ] = "int8",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -134,7 +134,7 @@ def advice(found: Footprint) -> list[str]:
                 f"this machine has {show_bytes(found.machine_bytes)} ({found.machine_limit}), "
                 "too little at this context"
             )
-        if found.dense_format != "int8":
+        if found.dense_format in {"bf16", "f32"}:
             lines.append("--dense int8 when quantizing: a smaller dense part")
     whole = found.used_bytes - _part(found, "experts") + found.experts_bytes
     if found.fits and found.experts_resident < found.experts_total:

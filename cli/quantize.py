@@ -38,7 +38,7 @@ def quantize(  # noqa: PLR0913 - one parameter per option
         Literal["int4", "int8", "bf16", "f32"], typer.Option(help="Format of the routed experts.")
     ] = "int4",
     dense: Annotated[
-        Literal["int8", "bf16", "f32"], typer.Option(help="Format of the other weights.")
+        Literal["int4", "int8", "bf16", "f32"], typer.Option(help="Format of the other weights.")
     ] = "int8",
     ram: Annotated[
         str, typer.Option("--ram", metavar="SIZE", help="Memory to use at most, e.g. 2GiB.")

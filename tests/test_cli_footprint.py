@@ -127,6 +127,7 @@ def test_the_advice_names_smaller_formats_only_where_there_are() -> None:
     assert "--dense int8" in lines
     assert "--experts int4" in lines
     assert "int4" not in "\n".join(command.advice(SMALL))
+    assert "--dense" not in "\n".join(command.advice(replace(SMALL, dense_format="int4")))
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ def test_a_full_disk_is_told_beforehand(
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("recipe", [{"experts": "int3"}, {"dense": "int4"}])
+@pytest.mark.parametrize("recipe", [{"experts": "int3"}, {"dense": "int3"}])
 def test_unknown_formats(model: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=next(iter(recipe.values()))):
         quantize(model, tmp_path / "store", **recipe)
