@@ -25,6 +25,7 @@ from moelite.simd import (
     round_f32,
     splat_f32,
     store_f32_as_i8,
+    sub_f32,
     sum_f32,
     sum_i32,
     zero_f32,
@@ -63,7 +64,7 @@ unpack_row = _chosen("row", "r, out")
 
 @inlined
 def quantize_block(act, at, k):
-    # x[at : at + 32] -> block k: q, scale, bias. A NaN or infinity makes the scale NaN: it shows.
+    # x[at : at + 32] -> block k of the int8 planes. A NaN or infinity shows: the scale is NaN.
     x, q = act.x, act.q
     v0, v1 = load_f32(x, at), load_f32(x, at + 8)
     v2, v3 = load_f32(x, at + 16), load_f32(x, at + 24)
@@ -93,6 +94,18 @@ def quantize_block(act, at, k):
     store_f32_as_i8(q, k * 32 + 24, r3)
     whole = add_f32(add_f32(r0, r1), add_f32(r2, r3))
     act.bias[k] = np.int32(-64) * sum_i32(f32_as_i32(whole))
+    # what rounding left, in 254ths of a step: at most half of one
+    parts = splat_f32(np.float32(254))
+    e0 = round_f32(mul_f32(sub_f32(mul_f32(v0, by), r0), parts))
+    e1 = round_f32(mul_f32(sub_f32(mul_f32(v1, by), r1), parts))
+    e2 = round_f32(mul_f32(sub_f32(mul_f32(v2, by), r2), parts))
+    e3 = round_f32(mul_f32(sub_f32(mul_f32(v3, by), r3), parts))
+    store_f32_as_i8(act.rest, k * 32, e0)
+    store_f32_as_i8(act.rest, k * 32 + 8, e1)
+    store_f32_as_i8(act.rest, k * 32 + 16, e2)
+    store_f32_as_i8(act.rest, k * 32 + 24, e3)
+    whole = add_f32(add_f32(e0, e1), add_f32(e2, e3))
+    act.rest_bias[k] = np.int32(-64) * sum_i32(f32_as_i32(whole))
     act.scale[k] = largest / np.float32(127) if finite else np.float32(np.nan)
 
 
@@ -105,7 +118,7 @@ def quantize_row(act, row):
 
 @kernel
 def quantize_activations(act, tokens):
-    """Fills q, scale and bias of an Act from its x, for rows 0..tokens.
+    """Fills the int8 planes of an Act from its x, for rows 0..tokens.
 
     act.width must be act.blocks * 32, zero filled beyond the true columns.
     """
@@ -149,6 +162,8 @@ def new_act(tokens: int, cols: int, *, quantized: bool) -> Act:
         np.zeros(n * 32, np.int8),
         np.zeros(n, np.float32),
         np.zeros(n, np.int32),
+        np.zeros(n * 32, np.int8),
+        np.zeros(n, np.int32),
         blocks,
     )
 
@@ -156,4 +171,4 @@ def new_act(tokens: int, cols: int, *, quantized: bool) -> Act:
 def act_bytes(tokens: int, cols: int, *, quantized: bool) -> int:
     """The size of `new_act(tokens, cols, quantized=quantized)`."""
     blocks = -(-cols // 32)
-    return tokens * blocks * (128 + (40 if quantized else 0))
+    return tokens * blocks * (128 + (76 if quantized else 0))

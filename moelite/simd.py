@@ -365,6 +365,7 @@ class Wide:
     """The words of a product over many tokens, 16 lanes; `Narrow` has the same with 8."""
 
     lanes = 16
+    splat_f32 = _word(f32x16, (types.float32,), lambda b, x: _splat(b, x, _F16))
     zero = _word(f32x16, (), lambda b: ir.Constant(_F16, [0.0] * 16))
     load_codes = _loader(i8x64, _B64, _same)
     load_scales = _loader(f32x16, _F16, _same)
@@ -388,6 +389,7 @@ class Narrow:
     """The same words with 8 lanes."""
 
     lanes = 8
+    splat_f32 = splat_f32
     zero, load_codes, load_scales, store = zero_f32, load_i8x32, load_f32, store_f32
     splat4, splat_f32_at, splat_i32_at = splat4, splat_f32_at, splat_i32_at
     zero_i32, add_i32, mul, fma, to_f32 = zero_i32, add_i32, mul_f32, fma_f32, to_f32

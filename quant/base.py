@@ -36,7 +36,9 @@ class Act(NamedTuple):
          x ~= q * scale with |q| <= 127.
     bias int32 [T * blocks]: -64 * sum of the block's q. Where codes are stored 64 too high, to be
          unsigned, a dot product that starts from it comes out right.
-    A format reads x or (q, scale, bias), never both; what it does not read may be empty.
+    rest int8 [T * blocks * 32]: what q leaves, x ~= (q + rest / 254) * scale with |rest| <= 127: 16
+         bits in two planes. rest_bias: its bias.
+    A format reads x, or q, or q and rest (see QuantFormat.planes); the others may be empty.
     """
 
     x: F32
@@ -44,6 +46,8 @@ class Act(NamedTuple):
     q: npt.NDArray[np.int8]
     scale: F32
     bias: npt.NDArray[np.int32]
+    rest: npt.NDArray[np.int8]
+    rest_bias: npt.NDArray[np.int32]
     blocks: int
 
 
@@ -77,7 +81,7 @@ class QuantFormat(Protocol):
 
     name: str
     code: int  # the number by which kernels know the format
-    quantized_input: bool  # its kernel reads Act.q rather than Act.x
+    planes: int  # how many int8 planes of the activations its kernel reads; 0: Act.x instead
 
     # njit (matrix, act, job, start, stop): multiplies rows start..stop (start a multiple of
     # TILE_ROWS) of a Matrix by the job's activations. A token's result does not depend on which

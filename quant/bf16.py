@@ -30,7 +30,7 @@ def row(matrix, r, out):
 class BFloat16:
     name = "bf16"
     code = 1
-    quantized_input = False
+    planes = 0
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 

@@ -27,7 +27,7 @@ def row(matrix, r, out):
 class Float32:
     name = "f32"
     code = 0
-    quantized_input = False
+    planes = 0
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 

@@ -131,7 +131,7 @@ def _unpack_tile(matrix, tile, blocks, out, lanes):
     store_f32(last, lane, load_f32(packed, rows_at + tile * 32))
 
 
-_many = make_many(_unpack_tile, dot_u7, 1, "int4")
+_many = make_many(_unpack_tile, make_block, (dot_u7, 1), "int4")
 
 
 @inner
@@ -169,7 +169,7 @@ def row(matrix, r, out):
 class Int4:
     name = "int4"
     code = 3
-    quantized_input = True
+    planes = 1
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 

@@ -18,8 +18,8 @@ MANY = 8  # positions from which unpacking pays
 TILES = 2 if WIDE else 1  # tiles unpacked together
 
 
-def make_gemm(words: Any, dot: Any, offset: int, name: str) -> Any:
-    """The product for tiles whose bytes are code + 64 * offset (0, 1 or 2), by the word `dot`.
+def make_gemm(words: Any, block: Any, name: str) -> Any:
+    """The product of unpacked tiles with many positions, by the `block` product of the same words.
 
     gemm(codes, scales, row_scales, act, job, row): rows row .. row + lanes of the result, for all
     positions of the job, in the same arithmetic as a format's own product of one token.
@@ -27,7 +27,7 @@ def make_gemm(words: Any, dot: Any, offset: int, name: str) -> Any:
     w = words
     zero, load_scales, store, mul, fma = w.zero, w.load_scales, w.store, w.mul, w.fma
     scale_at, lanes = w.splat_f32_at, w.lanes
-    block, load = make_block(words, dot, offset, name), _make_load(words, name)
+    load = _make_load(words, name)
 
     def four(codes, scales, act, tokens):
         a0, a1, a2, a3 = zero(), zero(), zero(), zero()
@@ -90,48 +90,76 @@ def _make_load(words: Any, name: str) -> Any:
 
 
 def make_block(words: Any, dot: Any, offset: int, name: str) -> Any:
-    """block(w, act, k): 8 vectors of codes + 64 * offset times block k of the activations, as
-    float32 lanes of the rows' exact sums."""
-    start, splat4, to_f32 = _make_start(words, offset, name), words.splat4, words.to_f32
+    """block(w, act, k): 8 vectors of codes + 64 * offset times block k of the activations' first
+    plane, as float32 lanes of the rows' exact sums."""
+    sums, to_f32 = _make_sums(words, dot, name), words.to_f32
+    bias_at, times = words.splat_i32_at, _make_times(words, offset, name)
 
     def block(w, act, k):
-        q, x = act.q, k * 32
-        s = dot(start(act, k), w[0], splat4(q, x))
+        return to_f32(sums(times(bias_at(act.bias, k)), w, act.q, k * 32))
+
+    return inlined(block, name)
+
+
+def make_fine_block(words: Any, dot: Any, offset: int, name: str) -> Any:
+    """As `make_block`, over both planes: sum of code * (q + rest / 254)."""
+    sums, to_f32, fma = _make_sums(words, dot, name), words.to_f32, words.fma
+    bias_at, times = words.splat_i32_at, _make_times(words, offset, name)
+    splat, part = words.splat_f32, np.float32(1 / 254)
+
+    def block(w, act, k):
+        whole = to_f32(sums(times(bias_at(act.bias, k)), w, act.q, k * 32))
+        rest = to_f32(sums(times(bias_at(act.rest_bias, k)), w, act.rest, k * 32))
+        return fma(rest, splat(part), whole)
+
+    return inlined(block, f"{name}.fine")
+
+
+def _make_sums(words: Any, dot: Any, name: str) -> Any:
+    splat4 = words.splat4
+
+    def sums(s, w, q, x):
+        # s + 8 vectors of codes times 32 activations at q[x:]
+        s = dot(s, w[0], splat4(q, x))
         s = dot(s, w[1], splat4(q, x + 4))
         s = dot(s, w[2], splat4(q, x + 8))
         s = dot(s, w[3], splat4(q, x + 12))
         s = dot(s, w[4], splat4(q, x + 16))
         s = dot(s, w[5], splat4(q, x + 20))
         s = dot(s, w[6], splat4(q, x + 24))
-        return to_f32(dot(s, w[7], splat4(q, x + 28)))
+        return dot(s, w[7], splat4(q, x + 28))
 
-    return inlined(block, name)
+    return inlined(sums, name)
 
 
-def _make_start(words: Any, offset: int, name: str) -> Any:
-    zero, bias_at, add = words.zero_i32, words.splat_i32_at, words.add_i32
+def _make_times(words: Any, offset: int, name: str) -> Any:
+    # what a sum starts from: the bias as often as codes are 64 too high
+    zero, add = words.zero_i32, words.add_i32
 
-    def start0(act, k):
+    def times0(bias):
         return zero()
 
-    def start1(act, k):
-        return bias_at(act.bias, k)
+    def times1(bias):
+        return bias
 
-    def start2(act, k):
-        return add(bias_at(act.bias, k), bias_at(act.bias, k))
+    def times2(bias):
+        return add(bias, bias)
 
-    return inlined((start0, start1, start2)[offset], name)
+    return inlined((times0, times1, times2)[offset], name)
 
 
-def make_many(unpack: Any, dot: Any, offset: int, name: str) -> Any:
+def make_many(unpack: Any, block: Any, codes: tuple[Any, int], name: str) -> Any:
     """The product of tiles first .. stop of a matrix with many positions: `many(matrix, act, job,
-    first, stop)`, from a format's `unpack` of one tile.
+    first, stop)`, from a format's `unpack` of one tile and its kind of `block` product.
 
     unpack(matrix, tile, blocks, (codes, scales, last, lane), lanes) writes a tile as lanes lane ..
     lane + 8 of an unpacked group of `lanes` rows; `last` are the scales of whole rows.
     """
-    narrow = make_gemm(Narrow, dot, offset, name)
-    wide = make_gemm(Wide, Wide.dot_u8, offset, f"{name}.wide") if WIDE else narrow
+    dot, offset = codes
+    narrow = wide = make_gemm(Narrow, block(Narrow, dot, offset, name), name)
+    if WIDE:
+        name_wide = f"{name}.wide"
+        wide = make_gemm(Wide, block(Wide, Wide.dot_u8, offset, name_wide), name_wide)
 
     def many(matrix, act, job, first, stop):
         codes = np.empty(act.blocks * TILES * 256, np.uint8)

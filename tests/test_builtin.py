@@ -116,7 +116,7 @@ def test_a_kept_prefix_gives_the_same_answer(store: Path) -> None:
 @pytest.fixture(scope="session")
 def checkpoint(source: demo.DemoCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("builtin") / "checkpoint"
-    source.write_checkpoint(folder)
+    source.write(folder)
     return folder
 
 

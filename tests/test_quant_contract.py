@@ -42,9 +42,11 @@ def product(fmt: QuantFormat, weight: F32, x: F32, pieces: list[int] | None = No
         job = Job(order, order, first, last, out.reshape(-1), width)
         linear_job(0, np.zeros(SIZE, np.int64), Matrix(fmt.code, packed, 0, rows, cols), act, job)
     seen = x.astype(np.float64)
-    if fmt.quantized_input:
-        blocks = act.q.reshape(tokens, -1, 32) * act.scale.reshape(tokens, -1, 1).astype(np.float64)
-        seen = blocks.reshape(tokens, -1)[:, :cols]
+    if fmt.planes:
+        q = act.q.reshape(tokens, -1, 32).astype(np.float64)
+        if fmt.planes == 2:
+            q += act.rest.reshape(tokens, -1, 32) / 254
+        seen = (q * act.scale.reshape(tokens, -1, 1)).reshape(tokens, -1)[:, :cols]
     return out[:, :rows], seen @ fmt.unpack(packed, rows, cols).astype(np.float64).T
 
 
@@ -140,6 +142,20 @@ def test_bad_weights_are_refused(fmt: QuantFormat, bad: float) -> None:
 def test_a_wrong_size_is_refused(fmt: QuantFormat) -> None:
     with pytest.raises(QuantizationError, match="takes"):
         fmt.unpack(np.zeros(3, np.uint8), 8, 32)
+
+
+def test_two_planes_hold_16_bits_of_the_activations() -> None:
+    act = new_act(1, 4096, quantized=True)
+    act.x[:] = np.random.default_rng(0).normal(size=4096)
+    quantize_activations(act, 1)
+    step = act.scale[:, None].astype(np.float64)
+    whole = act.q.reshape(-1, 32) * step
+    both = whole + act.rest.reshape(-1, 32) / 254 * step
+    x = act.x.reshape(-1, 32)
+    assert (np.abs(x - whole) <= step * 0.5001).all()
+    assert (np.abs(x - both) <= step * 0.5001 / 254 + 1e-7 * np.abs(x)).all()
+    assert (act.bias == -64 * act.q.reshape(-1, 32).astype(int).sum(1)).all()
+    assert (act.rest_bias == -64 * act.rest.reshape(-1, 32).astype(int).sum(1)).all()
 
 
 def test_nan_activations_stay_visible() -> None:
