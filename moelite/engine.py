@@ -193,7 +193,7 @@ def load(
         footprint = plan(sizes, _budget(ram), chunk)
         if not footprint.fits:
             raise refuse(footprint, store.path.name)
-        warm.ensure(footprint.budget_bytes, kv, on_compile)
+        warm.ensure(kv, on_compile)
         return Model(store, arch, footprint, kv)
     except BaseException:
         store.close()

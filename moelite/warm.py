@@ -18,6 +18,7 @@ from moelite.arch import Arch, Linear, Norm, TensorRef
 from moelite.cache import ExpertCache, allocate_arena
 from moelite.errors import BudgetError, MoeliteError
 from moelite.kv import KVCache, KVFormat
+from moelite.machine import memory
 from moelite.model import Decoder
 from moelite.models import build
 from moelite.quant import FORMATS
@@ -52,24 +53,25 @@ _CONFIG: Mapping[str, Any] = {
 }
 
 
-def ensure(
-    budget_bytes: int, kv: KVFormat, on_compile: Callable[[str], None] | None = None
-) -> None:
+def ensure(kv: KVFormat, on_compile: Callable[[str], None] | None = None) -> None:
     """Returns once kernels for a kv format are in the cache; a child process makes them if need be.
 
-    Raises BudgetError if they are not there and compiling does not fit the budget.
+    This happens once for a version of moelite on a CPU, before a model takes any memory, and is not
+    bounded by the model's budget. Raises BudgetError if the machine has not enough free for it.
     """
     mark = jit.CACHE_FOLDER / f"complete-{kv}"
     if mark.exists() or not jit.ours():
         return
-    if budget_bytes < COMPILE_BYTES:
+    free = memory().available_bytes
+    if free < COMPILE_BYTES:
         raise BudgetError(
-            f"compiling the kernels for this CPU, once, takes {show_bytes(COMPILE_BYTES)}, "
-            f"more than the budget of {show_bytes(budget_bytes)}",
-            fix=f"run it once with --ram {COMPILE_BYTES // MIB}MiB, then with less",
+            f"compiling the kernels for this CPU, once, takes {show_bytes(COMPILE_BYTES)}; "
+            f"{show_bytes(free)} are free",
+            fix="make room for half a minute; afterwards the model needs only its budget",
         )
     if on_compile is not None:
-        on_compile("compiling kernels for this CPU (once, under a minute)")
+        takes = show_bytes(COMPILE_BYTES)
+        on_compile(f"compiling kernels for this CPU (once: half a minute, {takes})")
     command = [sys.executable, "-c", f"from moelite import warm; warm.compile_all({kv!r})"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
