@@ -143,19 +143,27 @@ def test_words_on_other_targets(target: str) -> None:
 
 def test_cache_folder_follows_the_vocabulary(tmp_path, monkeypatch) -> None:
     """An edit in any kernel source gives another cache folder, so stale code is never run."""
-    before = jit.cache_folder(tmp_path)
+    elsewhere = jit.cache_folder(tmp_path)
     copies = []
     for source in jit.kernel_sources():
         copy = tmp_path / source.name
         copy.write_bytes(source.read_bytes())
+        os.utime(copy, (1, 1))
         copies.append(copy)
+    assert len(copies) >= 12
     monkeypatch.setattr(jit, "kernel_sources", lambda: copies)
-    assert jit.cache_folder(tmp_path) == before
+    before = jit.cache_folder(tmp_path)
+    assert before != elsewhere  # another installation: numba would not find its code there
+    assert before == jit.cache_folder(tmp_path)
     for copy in copies:
         kept = copy.read_bytes()
         copy.write_bytes(kept + b"# edited\n")
+        os.utime(copy, (1, 1))
         assert jit.cache_folder(tmp_path) != before, copy.name
         copy.write_bytes(kept)
+        os.utime(copy, (2, 2))
+        assert jit.cache_folder(tmp_path) != before, f"{copy.name}, touched"
+        os.utime(copy, (1, 1))
 
 
 def test_an_edit_in_the_vocabulary_is_seen_by_a_cached_kernel(tmp_path) -> None:
