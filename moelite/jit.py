@@ -65,9 +65,9 @@ def kernel_sources() -> list[Path]:
 def cache_folder(root: Path | None = None) -> Path:
     """Where compiled kernels are kept: a folder named after all that their code depends on.
 
-    numba itself notices an edit in a kernel's own file, not in a file whose functions it inlines. It
-    does not use code compiled for a file in another place or of another time, so these count too:
-    a folder that is there and marked complete serves this very installation.
+    numba itself notices an edit in a kernel's own file, not in a file whose functions it inlines.
+    It does not use code compiled for a file in another place or of another time, so these count
+    too: a folder that is there and marked complete serves this very installation.
     """
     digest = hashlib.sha256()
     for part in (numba.__version__, llvmlite.__version__, *target_features()):
