@@ -111,19 +111,13 @@ def quantize_block(act, at, k):
 
 @inner
 def quantize_row(act, row):
-    if act.q.size:
-        for k in range(row * act.blocks, (row + 1) * act.blocks):
-            quantize_block(act, k * 32, k)
-
-
-@kernel
-def quantize_activations(act, tokens):
-    """Fills the int8 planes of an Act from its x, for rows 0..tokens.
+    """Fills the int8 planes of one row of an Act from its x, if it has any.
 
     act.width must be act.blocks * 32, zero filled beyond the true columns.
     """
-    for row in range(tokens):
-        quantize_row(act, row)
+    if act.q.size:
+        for k in range(row * act.blocks, (row + 1) * act.blocks):
+            quantize_block(act, k * 32, k)
 
 
 @kernel

@@ -56,7 +56,6 @@ _F8, _I8, _B32 = f32x8.llvm, i32x8.llvm, i8x32.llvm
 _H8 = ir.VectorType(ir.HalfType(), 8)
 _W8 = ir.VectorType(ir.IntType(16), 8)
 _W16 = ir.VectorType(ir.IntType(16), 16)
-_W32 = ir.VectorType(ir.IntType(16), 32)
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
@@ -268,11 +267,9 @@ store_f32_as_i8 = _storer(  # 8 whole floats in [-127, 127] to 8 signed bytes
     lambda b, v: b.trunc(b.fptosi(v, _I8), ir.VectorType(ir.IntType(8), 8)),
 )
 zero_i32 = _word(i32x8, (), lambda b: ir.Constant(_I8, [0] * 8))
-splat_i32 = _word(i32x8, (types.int32,), lambda b, x: _splat(b, x, _I8))
 sum_i32 = _word(types.int32, (i32x8,), lambda b, v: _fold(b, v, b.add))
 f32_as_i32 = _word(i32x8, (f32x8,), lambda b, v: b.fptosi(v, _I8))
 add_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.add(x, y))
-sub_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.sub(x, y))
 to_f32 = _word(f32x8, (i32x8,), lambda b, x: b.sitofp(x, _F8))
 splat_i8 = _word(i8x32, (types.int8,), lambda b, x: _splat(b, x, _B32))
 add_i8 = _word(i8x32, (i8x32, i8x32), lambda b, x, y: b.add(x, y))  # wraps

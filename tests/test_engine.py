@@ -116,8 +116,6 @@ def test_buffers_have_the_promised_size(store: Path) -> None:
 
 
 def test_footprint_of_checkpoint_and_store_agree(store: Path) -> None:
-    if not store.parent.joinpath("store").exists():
-        pytest.skip("store moved")
     model = moelite.footprint(store, ram="1GiB", context=64)
     same = moelite.footprint(
         store.parent / "checkpoint",

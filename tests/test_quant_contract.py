@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelite.dispatch import embed_rows, linear_job, new_act, quantize_activations
+from moelite.dispatch import embed_rows, linear_job, new_act, quantize_row
 from moelite.errors import QuantizationError
+from moelite.jit import kernel
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, Job, Matrix, QuantFormat, empty_packed, pad, record_layout
 from moelite.sync import SIZE
@@ -24,6 +25,12 @@ SHAPES = [(64, 64), (75, 72), (40, 20), (8, 32), (1, 7), (128, 2048), (17, 96)]
 
 def weights(rows: int, cols: int, seed: int = 0) -> F32:
     return np.random.default_rng(seed).normal(size=(rows, cols), scale=0.05).astype(np.float32)
+
+
+@kernel
+def quantize_activations(act, tokens):
+    for row in range(tokens):
+        quantize_row(act, row)
 
 
 def product(fmt: QuantFormat, weight: F32, x: F32, pieces: list[int] | None = None):
