@@ -14,7 +14,9 @@ import numpy as np
 from moelite.jit import WIDE, inlined, inner
 from moelite.simd import Narrow, Wide
 
-MANY = 8  # positions from which unpacking pays
+# Positions from which tiles are unpacked. 4 one by one reach 69 GMAC/s, 16 over unpacked tiles 119;
+# where between them it begins to pay was not measured.
+MANY = 8
 TILES = 2 if WIDE else 1  # tiles unpacked together
 
 
