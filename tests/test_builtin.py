@@ -166,4 +166,4 @@ def test_quantization_is_close(source: demo.DemoCheckpoint, store: Path, tmp_pat
         return json.loads(done.stdout)["kld_mean"]
 
     assert mean_kld(tmp_path / "int8", tmp_path / "bf16") <= 0.002
-    assert 0.001 < mean_kld(store, tmp_path / "int8") < 0.3
+    assert 0.001 < mean_kld(store, tmp_path / "int8") < 0.1  # .076 measured
