@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
 import numpy as np
+import numpy.typing as npt
 
 from moelite.cache.lru import LayerLRU
 from moelite.cache.stats import CacheStats
@@ -22,6 +23,7 @@ from moelite.errors import StoreError
 from moelite.quant.base import U8
 from moelite.store import ExpertKey
 
+I32 = npt.NDArray[np.int32]
 Read = Callable[[ExpertKey, U8], None]
 
 
@@ -66,6 +68,7 @@ class ExpertCache:
         self._slot: dict[
             ExpertKey, int
         ] = {}  # of residents, and of evicted hits not yet multiplied
+        self._tables: dict[int, I32] = {}
         self._free = list(range(slots - 1, -1, -1))
         self._reading: dict[Future[None], tuple[ExpertKey, int]] = {}
         self._landed: SimpleQueue[Future[None]] = SimpleQueue()
@@ -88,6 +91,19 @@ class ExpertCache:
     def resident(self, layer: int) -> tuple[int, ...]:
         """Experts of `layer` in memory, the least recently used first."""
         return self._layer(layer).resident
+
+    def slots_of(self, layer: int, experts: int) -> I32:
+        """[experts] int32: where each expert of a layer is, -1 if it is not; kept up to date."""
+        if layer not in self._tables:
+            self._tables[layer] = np.full(experts, -1, np.int32)
+        return self._tables[layer]
+
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """Counts experts as used and hit; all are in memory, as `slots_of` told."""
+        found = self._layer(layer).lookup(experts)
+        assert not found.misses
+        assert not found.evicted
+        self._hits += len(found.hits)
 
     def slot_view(self, slot: int) -> U8:
         """The [record_bytes] bytes of a slot."""
@@ -138,6 +154,11 @@ class ExpertCache:
                         lru.discard(key.expert)
                 self._running = False
 
+    def _place(self, key: ExpertKey, slot: int) -> None:
+        table = self._tables.get(key.layer)
+        if table is not None:
+            table[key.expert] = slot
+
     def _layer(self, layer: int) -> LayerLRU:
         return self._lru.setdefault(layer, LayerLRU(0))
 
@@ -146,6 +167,7 @@ class ExpertCache:
             slot = self._slot.pop(key, None)
             if slot is not None:
                 self._free.append(slot)
+                self._place(key, -1)
 
     def _start(self, waiting: deque[ExpertKey]) -> None:
         """Begin as many reads as there are free slots."""
@@ -181,6 +203,7 @@ class ExpertCache:
                 fix="check the disk, then `moelite verify` the store",
             ) from error
         self._slot[key] = slot
+        self._place(key, slot)
         self._bytes += self.record_bytes
         return key
 

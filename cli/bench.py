@@ -108,6 +108,9 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
             style="bold" if name == "median" else None,
         )
     console.print(table)
+    for name, parts in (("prefill", report.prefill_ms), ("decode", report.decode_ms)):
+        spent = ", ".join(f"{part} {ms:.3g}" for part, ms in parts.items() if ms >= 0.0005)
+        console.print(f"  {name} ms/token: {spent}", soft_wrap=True)
     console.print(
         f"  {report.prompt_tokens} prompt + {report.generated_tokens} generated tokens, "
         f"seed {report.seed}; the last line's reads are sums",

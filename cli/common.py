@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 BUILTIN = "smollm2-moe"
 STDERR = 2  # file descriptor
-KV = Literal["f16", "f32"]
+KV = Literal["f16", "int8", "f32"]
 
 ModelArgument = Annotated[
     str | None,

@@ -33,6 +33,7 @@ class BenchModel(Protocol):
     def context(self) -> int: ...
     def session(self) -> Any: ...
     def stats(self) -> CacheStats: ...
+    def part_seconds(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +49,17 @@ class ExpertTraffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchRun:
-    """One run. Decode speed counts the tokens after the first, which the prefill gives."""
+    """One run. Decode speed counts the tokens after the first, which the prefill gives.
+
+    prefill_ms, decode_ms: milliseconds a token, by part: attention, router, experts, dense
+    feed-forward parts, head; then waiting for reads, and the rest, which is Python.
+    """
 
     prefill_tok_s: float
     decode_tok_s: float
     ttft_s: float
+    prefill_ms: dict[str, float]
+    decode_ms: dict[str, float]
     experts: ExpertTraffic
 
 
@@ -65,6 +72,8 @@ class BenchReport:
     prefill_tok_s: float
     decode_tok_s: float
     ttft_s: float
+    prefill_ms: dict[str, float]
+    decode_ms: dict[str, float]
     peak_rss_bytes: int
     experts: ExpertTraffic
     runs: tuple[BenchRun, ...]
@@ -110,6 +119,8 @@ def bench(
         prefill_tok_s=statistics.median(run.prefill_tok_s for run in runs),
         decode_tok_s=statistics.median(run.decode_tok_s for run in runs),
         ttft_s=statistics.median(run.ttft_s for run in runs),
+        prefill_ms=_medians([run.prefill_ms for run in runs]),
+        decode_ms=_medians([run.decode_ms for run in runs]),
         peak_rss_bytes=peak_rss_bytes(),
         experts=_traffic(model.stats() - before),
         runs=tuple(runs),
@@ -121,18 +132,39 @@ def bench(
 def _run(model: BenchModel, ids: list[int], gen: int) -> BenchRun:
     session = model.session()
     before = model.stats()
-    started = time.perf_counter()
+    started = _moment(model)
     token = int(np.argmax(session.advance(ids)))
-    first = time.perf_counter()
+    first = _moment(model)
     for _ in range(gen - 1):
         token = int(np.argmax(session.advance([token])))
-    ended = time.perf_counter()
+    ended = _moment(model)
+    prefill_s, decode_s = first["all"] - started["all"], ended["all"] - first["all"]
     return BenchRun(
-        prefill_tok_s=len(ids) / (first - started),
-        decode_tok_s=(gen - 1) / (ended - first),
-        ttft_s=first - started,
+        prefill_tok_s=len(ids) / prefill_s,
+        decode_tok_s=(gen - 1) / decode_s,
+        ttft_s=prefill_s,
+        prefill_ms=_milliseconds(started, first, len(ids)),
+        decode_ms=_milliseconds(first, ended, gen - 1),
         experts=_traffic(model.stats() - before),
     )
+
+
+def _moment(model: BenchModel) -> dict[str, float]:
+    # seconds so far: of every part, of waiting for reads, and of the clock ("all")
+    parts = model.part_seconds()
+    return {**parts, "read wait": model.stats().wait_s, "all": time.perf_counter()}
+
+
+def _milliseconds(
+    before: dict[str, float], after: dict[str, float], tokens: int
+) -> dict[str, float]:
+    spent = {name: 1e3 * (after[name] - before[name]) / tokens for name in after}
+    rest = spent.pop("all") - sum(spent.values())
+    return {**spent, "interpreter": rest}
+
+
+def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
 def _traffic(stats: CacheStats) -> ExpertTraffic:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moelite.arch import Arch, GatedMLP, Linear, MoE, Norm, TensorRef
+from moelite.attention import KVFormat
 from moelite.errors import BudgetError, UnsupportedError
-from moelite.kv import KVFormat, kv_bytes
+from moelite.kv import kv_bytes
 from moelite.layers import rope_bytes
 from moelite.machine import memory
 from moelite.quant import FORMATS
@@ -134,7 +135,7 @@ def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint
     total = sum(layer.mlp.num_experts for layer in arch.layers if isinstance(layer.mlp, MoE))
 
     def fixed(chunk: int) -> tuple[Part, ...]:
-        work = workspace_bytes(arch, chunk, sizes.threads, sizes.context)
+        work = workspace_bytes(arch, chunk, sizes.threads)
         work += rope_bytes(arch, sizes.context) + 2 * 4 * pad(arch.vocab_size, 8)
         return (
             Part(name="runtime", bytes=RUNTIME_BYTES, basis="measured"),

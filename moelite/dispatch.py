@@ -1,19 +1,21 @@
 """Matrix products over every format, and the int8 blocks of activations that most formats read.
 
-A format is chosen by its code at run time, once for a strip of rows, so one compiled kernel serves
-all formats and mixes of them.
+A format is called by address, once for a strip of rows, so one compiled kernel serves all formats
+and mixes of them.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numba import types
 
-from moelite.jit import inlined, inner, kernel
+from moelite import raw
+from moelite.jit import entry, inlined, inner
 from moelite.quant import FORMATS
-from moelite.quant.base import Act
+from moelite.quant.base import U8, Act, Job, Matrix
 from moelite.simd import (
     abs_f32,
     add_f32,
@@ -30,33 +32,72 @@ from moelite.simd import (
     sum_i32,
     zero_f32,
 )
-from moelite.sync import done, take, wait
+from moelite.words import flat_text, size_of, value_text
 
 STRIP = 32  # rows a thread takes at a time; a multiple of the 32-column blocks of the next matrix
 
-I64 = npt.NDArray[np.int64]
+# --- a format's code, by address ----------------------------------------------------------------
+#
+# Formats are compiled one by one, each when a model first uses it, and called by the addresses that
+# a Matrix carries: kernels are compiled once whatever formats there are, and do not contain them.
+
+_PARTS: dict[str, tuple[Any, ...]] = {"product": (Matrix, Act, Job), "row": (Matrix,)}
 
 
-# --- one entry for all formats ------------------------------------------------------------------
+@functools.cache
+def _entry(part: str, fmt: str) -> int:
+    # the address of compiled void (int64, int64, ...): Matrix, then Act and Job, then the rest
+    name, scope = f"{part}_{fmt}", {"f32_at": raw.f32_at, "__name__": __name__}
+    scope["function"] = getattr(FORMATS[fmt], "multiply" if part == "product" else "row")
+    values, count = [], 0
+    for kind in _PARTS[part]:
+        values.append(value_text(kind, count, "a{}".format, scope))
+        count += size_of(kind)
+    if part == "row":
+        values += [f"a{count}", f"f32_at(a{count + 1}, a{count + 2})"]
+    else:
+        values += [f"a{count}", f"a{count + 1}", f"a{count + 2}"]
+    count += 3
+    arguments = ", ".join(f"a{i}" for i in range(count))
+    text = f"def {name}({arguments}):\n    function({', '.join(values)})\n"
+    exec(compile(text, __file__, "exec"), scope)  # numba keeps code by the file it is from
+    return int(entry(scope[name], types.void(*[types.int64] * count)).address)
 
 
-def _chosen(part: str, arguments: str) -> Any:
-    """A function of a Matrix that calls the `part` of its format: one branch per file in quant/.
-
-    It is written as text, so that a new format needs no line here and all branches are compiled at
-    one level: a chain of functions would have the compiler optimize the last format once per link.
-    """
-    lines = [f"def chosen(matrix, {arguments}):"]
-    scope: dict[str, Any] = {}
-    for fmt in FORMATS.values():
-        scope[fmt.name] = getattr(fmt, part)
-        lines += [f"    if matrix.fmt == {fmt.code}:", f"        {fmt.name}(matrix, {arguments})"]
-    exec("\n".join(lines), scope)
-    return inner(scope["chosen"], part)
+def matrix_of(fmt: str, packed: U8, base: int, rows: int, cols: int) -> Matrix:
+    """A Matrix of a format, whose code is compiled if this process has not done so yet."""
+    tile = FORMATS[fmt].tile_bytes(cols)
+    return Matrix(_entry("product", fmt), _entry("row", fmt), packed, base, rows, cols, tile)
 
 
-multiply = _chosen("multiply", "act, job, start, stop")
-unpack_row = _chosen("row", "r, out")
+NO_MATRIX = Matrix(0, 0, np.zeros(0, np.uint8), 0, 0, 0, 0)
+
+
+def _caller(part: str, names: str, rest: list[str]) -> Any:
+    # the compiled function that flattens its arguments and calls the address in matrix.<part>
+    words = [f"matrix.{part}"]
+    for kind, value in zip(_PARTS[part], names.split(", "), strict=False):
+        words += flat_text(kind, value)
+    words += rest
+    scope: dict[str, Any] = {
+        "__name__": __name__,
+        "call": raw.call(len(words) - 1),
+        "address": raw.address,
+    }
+    exec(f"def caller({names}):\n    call({', '.join(words)})", scope)
+    return inner(scope["caller"], part)
+
+
+# multiply(matrix, act, job, start, stop, follow), as QuantFormat.multiply
+multiply = _caller("product", "matrix, act, job, start, stop, follow", ["start", "stop", "follow"])
+# unpack_row(matrix, r, out), as QuantFormat.row
+unpack_row = _caller("row", "matrix, r, out", ["r", "address(out)", "out.size"])
+
+
+@inlined
+def place(matrix, r):
+    """The address at which the codes of the tile of row r begin."""
+    return raw.address(matrix.packed) + matrix.base + r // 8 * matrix.tile_bytes
 
 
 # --- activations --------------------------------------------------------------------------------
@@ -120,30 +161,10 @@ def quantize_row(act, row):
             quantize_block(act, k * 32, k)
 
 
-@kernel
-def embed_rows(matrix, ids, out):
-    """Row ids[t] of a Matrix -> out [T, >= cols] float32."""
-    for t in range(ids.size):
-        unpack_row(matrix, ids[t], out[t])
-
-
 @inlined
 def strips(rows):
     """How many strips a matrix of `rows` rows has."""
     return (rows + STRIP - 1) // STRIP
-
-
-@kernel
-def linear_job(tid, sync, matrix, act, job):
-    """One thread's share of out[target] = x[source] @ W.T."""
-    pieces = strips(matrix.rows)
-    piece = take(sync, 0)
-    while piece < pieces:
-        start = piece * STRIP
-        multiply(matrix, act, job, start, min(start + STRIP, matrix.rows))
-        done(sync, 0)
-        piece = take(sync, 0)
-    wait(sync, 0, pieces)
 
 
 def new_act(tokens: int, cols: int, *, quantized: bool) -> Act:

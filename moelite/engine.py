@@ -10,15 +10,17 @@ from typing import Any
 
 from moelite import warm
 from moelite.arch import Arch
+from moelite.attention import KVFormat
 from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.errors import CheckpointError, UsageError
-from moelite.kv import KVCache, KVFormat
+from moelite.kv import KVCache
 from moelite.machine import memory
-from moelite.model import Decoder
+from moelite.model import Decoder, OnRoute
 from moelite.models import build
 from moelite.quant.base import F32, U8
 from moelite.session import Session
+from moelite.step import LAYER_PHASES
 from moelite.store import Store
 from moelite.threads import Team, default_threads
 from moelite.tokenizer import Tokenizer
@@ -54,7 +56,7 @@ class Model:
         self._tokenizer: Tokenizer | None = None
         if "tokenizer.json" in store.manifest.files:
             self._tokenizer = Tokenizer.from_files(store.sidecars())
-        self.team = Team(footprint.threads)
+        self.team = Team(footprint.threads, (len(arch.layers) + 2) * LAYER_PHASES)
         self.experts = ExpertCache(
             arena=allocate_arena(footprint.slots, footprint.record_bytes),
             record_bytes=footprint.record_bytes,
@@ -62,17 +64,16 @@ class Model:
             read=store.read_record,
             readers=READERS,
         )
-        work = Workspace(arch, footprint.chunk, footprint.threads, self.context)
+        work = Workspace(arch, footprint.chunk, footprint.threads)
         self._decoder = Decoder(
             arch,
             _StoreWeights(store),
             self.experts,
             store.layout,
             work=work,
-            context=self.context,
+            kv=KVCache(arch, self.context, kv),
             team=self.team,
         )
-        self._kv = KVCache(arch, self.context, kv)
         self._session: Session | None = None
 
     @property
@@ -87,16 +88,29 @@ class Model:
 
     def session(self) -> Session:
         """A new, empty session. It takes over the model's kv from the one before."""
-        self._session = Session(self._decoder, self._kv, lambda: self._session)
+        self._session = Session(self._decoder, lambda: self._session)
         return self._session
 
     def forward(self, ids: Sequence[int]) -> F32:
         """logits [T, V] float32 of the tokens `ids`, in a session of their own."""
         return self.session().append(ids)
 
+    @property
+    def on_route(self) -> OnRoute | None:
+        """Told (layer, selected experts [T, K] int32) of every token or chunk, as it is routed."""
+        return self._decoder.on_route
+
+    @on_route.setter
+    def on_route(self, told: OnRoute | None) -> None:
+        self._decoder.on_route = told
+
     def stats(self) -> CacheStats:
         """Expert cache counters since the model was loaded."""
         return self.experts.stats
+
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds of computing since the model was loaded, by part of a layer; see moelite.step."""
+        return self._decoder.part_seconds()
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Any:
         """The Completion of a text or of token ids. Options: see moelite.SamplingOptions."""
@@ -193,7 +207,7 @@ def load(
         footprint = plan(sizes, _budget(ram), chunk)
         if not footprint.fits:
             raise refuse(footprint, store.path.name)
-        warm.ensure(kv, on_compile)
+        warm.ensure({store.expert_format, store.dense_format}, on_compile)
         return Model(store, arch, footprint, kv)
     except BaseException:
         store.close()

@@ -31,14 +31,18 @@ def target_features() -> tuple[str, str]:
 
 def _choose_target() -> str:
     features = _FEATURES
+    if _ARM:
+        return "neon" if "+dotprod" in features or _NAME.startswith("apple-") else "plain"
     if "+avxvnni" in features or {"+avx512vnni", "+avx512vl"} <= features:
         return "vnni"
     return "avx2" if {"+avx2", "+fma"} <= features else "plain"
 
 
-_FEATURES = set(target_features()[1].split(","))
+_NAME, _LIST = target_features()
+_FEATURES = set(_LIST.split(","))
+_ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
 TARGET = _choose_target()
-HALF_INSTRUCTIONS = "+f16c" in _FEATURES
+HALF_INSTRUCTIONS = _ARM or "+f16c" in _FEATURES
 WIDE = {"+avx512vnni", "+avx512vl"} <= _FEATURES  # 512-bit vectors, for many tokens at once
 
 
@@ -53,7 +57,13 @@ def kernel_sources() -> list[Path]:
         for n in (
             "jit.py",
             "simd.py",
+            "lowering.py",
             "sync.py",
+            "raw.py",
+            "attention.py",
+            "words.py",
+            "program.py",
+            "step.py",
             "dispatch.py",
             "ops.py",
             "kernels.py",
@@ -103,6 +113,13 @@ def kernel(function: Callable[..., Any]) -> Any:
     """njit for an entry point: without the GIL, cached on disk, IEEE arithmetic (no fastmath)."""
     with _our_cache():
         return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+def entry(function: Callable[..., Any], signature: Any) -> Any:
+    """cfunc: compiled for one signature, called by its `.address`; cached on disk by its name."""
+    _one_name(function, "")
+    with _our_cache():
+        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
 
 
 _named: set[tuple[str, str]] = set()

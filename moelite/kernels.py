@@ -1,81 +1,106 @@
-"""The kernels of a layer: attention, feed-forward parts, and the head.
+"""The parts of a layer: attention, feed-forward parts, and the head.
 
-A kernel is a row of phases whose pieces the threads of a team share (moelite.sync): a thread that
+A part is a row of phases whose pieces the threads of a team share (moelite.sync): a thread that
 loses its core costs one piece, not half a matrix. Every result is computed by one thread in a fixed
 order of operations that depends on nothing but the token's own activations and the weights: bits do
 not change with threads, chunk or cache.
+
+Each part takes the number of its first phase and returns the next free one. A layer is given as
+(table, at): its words begin at table[at] (moelite.program). A thread that multiplies the last rows
+of its run asks memory for the first rows of its next: of the next matrix, phase or layer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from moelite import ops
-from moelite.dispatch import STRIP, multiply, quantize_block, quantize_row, strips
-from moelite.jit import inner, kernel
-from moelite.quant.base import F32, Act, Job, Matrix
-from moelite.sync import done, take, wait
+from moelite.attention import attend, attend_pieces, keep_heads
+from moelite.dispatch import STRIP, multiply, place, quantize_block, quantize_row, strips
+from moelite.jit import inlined, inner
+from moelite.program import LayerWords
+from moelite.quant.base import Job, Matrix
+from moelite.simd import add_f32, load_f32, mul_f32, splat_f32, store_f32, zero_f32
+from moelite.sync import finish, own, take
+from moelite.words import field
 
-I64 = npt.NDArray[np.int64]
+_q, _k = field(LayerWords, "attention.q"), field(LayerWords, "attention.k")
+_v, _o = field(LayerWords, "attention.v"), field(LayerWords, "attention.o")
+_shaping = field(LayerWords, "attention.shaping")
+_input_norm = field(LayerWords, "attention.input_norm")
+_post_norm = field(LayerWords, "attention.post_norm")
+_o_bias = field(LayerWords, "attention.o_bias")
+_shape = field(LayerWords, "shape")
+_cache_k, _cache_v = field(LayerWords, "k"), field(LayerWords, "v")
+_buffers = field(LayerWords, "buffers")
+query_matrix = _q
+
+# --- products -----------------------------------------------------------------------------------
+
+
+@inner
+def _strip(matrix, act, rows, to, strip, follow):
+    # rows 32 * strip .. + 32 of a matrix for all tokens; to: (tokens, out, width)
+    job = Job(rows, rows, 0, to[0], to[1], to[2])
+    start = strip * STRIP
+    multiply(matrix, act, job, start, min(start + STRIP, matrix.rows), follow)
+
+
+@inlined
+def first_row(crew, matrix):
+    """The address of the first row that a thread multiplies of a matrix."""
+    return place(matrix, own(crew, strips(matrix.rows), crew.tid)[0] * STRIP)
+
+
+@inner
+def product(crew, phase, matrix, act, rows, to, after):
+    """out[t] = act[t] @ matrix.T for every token; to: (tokens, out, its width). 1 phase.
+
+    rows: 0, 1, 2, ... after: the address that this thread reads next.
+    """
+    pieces, mine = strips(matrix.rows), 0
+    last = own(crew, pieces, crew.tid)[1]
+    piece = take(crew, phase, pieces)
+    while piece < pieces:
+        follow = place(matrix, (piece + 1) * STRIP) if piece + 1 < last else after
+        _strip(matrix, act, rows, to, piece, follow)
+        mine += 1
+        piece = take(crew, phase, pieces)
+    finish(crew, phase, mine, pieces)
+    return phase + 1
+
 
 # --- attention ----------------------------------------------------------------------------------
 
 
-class AttentionWeights(NamedTuple):
-    """What one layer's attention multiplies by. Empty arrays stand for parts it has not.
-
-    q_norm and k_norm run over one head, or over all heads at once; a size of 0 means none.
-    router: the MoE router's matrix, 0 rows where the layer has none.
-    """
-
-    input_norm: ops.NormWeights
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    o: Matrix
-    q_bias: F32
-    k_bias: F32
-    v_bias: F32
-    o_bias: F32
-    q_norm: ops.NormWeights
-    k_norm: ops.NormWeights
-    clip: np.float32  # infinity: none
-    cos: F32  # [context, n]; n = 0: no rotary embedding
-    sin: F32
-    interleaved: bool
-    post_norm: ops.NormWeights
-    router: Matrix
-
-
-class LayerBuffers(NamedTuple):
-    """The workspace of a chunk of T tokens, flat float32, rows `width`s apart; see Workspace."""
-
-    x: F32
-    x_width: int
-    q: F32
-    q_width: int
-    k: F32
-    v: F32
-    k_width: int
-    y: F32
-    normed: Act
-    attended: Act
-    router_logits: F32
-    router_width: int
-    scratch: F32  # [threads, D8 + context + 8]
-    rows: npt.NDArray[np.int32]  # 0, 1, 2, ...
-
-
-@inner
-def _strip(matrix, act, io, tokens, out, width, strip):
-    # rows 32 * strip .. + 32 of a matrix for all tokens
-    job = Job(io.rows, io.rows, 0, tokens, out, width)
-    start = strip * STRIP
-    multiply(matrix, act, job, start, min(start + STRIP, matrix.rows))
+@inlined
+def _queries(crew, phase, table, at, tokens):
+    # q, k, v = the normed rows times the three matrices
+    q, k, v, io = _q(table, at), _k(table, at), _v(table, at), _buffers(table, at)
+    nq, nk = strips(q.rows), strips(k.rows)
+    pieces = nq + nk + strips(v.rows)
+    mine, last, after = 0, own(crew, pieces, crew.tid)[1], first_row(crew, _o(table, at))
+    piece = take(crew, phase, pieces)
+    while piece < pieces:
+        matrix, out, width, strip = q, io.q, io.q_width, piece
+        if piece >= nq + nk:
+            matrix, out, width, strip = v, io.v, io.k_width, piece - nq - nk
+        elif piece >= nq:
+            matrix, out, width, strip = k, io.k, io.k_width, piece - nq
+        follow = after
+        if piece + 1 < last:
+            if piece + 1 == nq:
+                follow = place(k, 0)
+            elif piece + 1 == nq + nk:
+                follow = place(v, 0)
+            else:
+                follow = place(matrix, (strip + 1) * STRIP)
+        _strip(matrix, io.normed, io.rows, (tokens, out, width), strip, follow)
+        mine += 1
+        piece = take(crew, phase, pieces)
+    finish(crew, phase, mine, pieces)
 
 
 @inner
@@ -86,185 +111,158 @@ def _norm_heads(x, at, norm, width):
 
 
 @inner
-def _shape_token(w, shape, io, t, position, buffer, cache):
+def _rotate_heads(x, at, heads, head_dim, w, position):
+    begin = position * w.rotary
+    cos, sin = w.cos[begin : begin + w.rotary], w.sin[begin : begin + w.rotary]
+    for h in range(heads):
+        ops.rotate_run(x, at + h * head_dim, cos, sin, w.interleaved)
+
+
+@inner
+def _shape_token(table, at, t, position, buffer):
     # bias, norm, clip and rotate token t's query and key, and keep key and value
-    q, k, v = t * io.q_width, t * io.k_width, t * io.k_width
+    w, shape, io = _shaping(table, at), _shape(table, at), _buffers(table, at)
+    q, k = t * io.q_width, t * io.k_width
     ops.add_run(io.q, q, w.q_bias, 0, w.q_bias.size)
     ops.add_run(io.k, k, w.k_bias, 0, w.k_bias.size)
-    ops.add_run(io.v, v, w.v_bias, 0, w.v_bias.size)
-    _norm_heads(io.q, q, w.q_norm, w.q.rows)
-    _norm_heads(io.k, k, w.k_norm, w.k.rows)
+    ops.add_run(io.v, k, w.v_bias, 0, w.v_bias.size)
+    nq, nk = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    _norm_heads(io.q, q, w.q_norm, nq)
+    _norm_heads(io.k, k, w.k_norm, nk)
     if w.clip < np.float32(np.inf):
-        ops.clamp_run(io.q, q, w.q.rows, w.clip)
-        ops.clamp_run(io.k, k, w.k.rows, w.clip)
-        ops.clamp_run(io.v, v, w.v.rows, w.clip)
-    if w.cos.shape[1]:
-        cos, sin = w.cos[position], w.sin[position]
-        for h in range(shape.heads):
-            ops.rotate_run(io.q, q + h * shape.head_dim, cos, sin, w.interleaved)
-        for h in range(shape.kv_heads):
-            ops.rotate_run(io.k, k + h * shape.head_dim, cos, sin, w.interleaved)
-    ops.keep_heads(io.k, k, shape, position, buffer, cache[0])
-    ops.keep_heads(io.v, v, shape, position, buffer, cache[1])
+        ops.clamp_run(io.q, q, nq, w.clip)
+        ops.clamp_run(io.k, k, nk, w.clip)
+        ops.clamp_run(io.v, k, nk, w.clip)
+    if w.rotary:
+        _rotate_heads(io.q, q, shape.heads, shape.head_dim, w, position)
+        _rotate_heads(io.k, k, shape.kv_heads, shape.head_dim, w, position)
+    keep_heads(io.k, k, shape, position, buffer, _cache_k(table, at))
+    keep_heads(io.v, k, shape, position, buffer, _cache_v(table, at))
 
 
-@kernel
-def attention_block(tid, sync, w, shape, io, cache, place):
-    """x += attention(norm(x)); normed = norm(x); router logits = normed @ router.T.
-
-    place: (tokens, position of the first). cache: (k, v) of the layer.
-    """
-    tokens = place[0]
-    piece = take(sync, 0)
+@inlined
+def _attend(crew, phase, table, at, tokens, start):
+    # from q, k, v to attended: three phases
+    io, shape = _buffers(table, at), _shape(table, at)
+    scratch = io.scratch[crew.tid * io.scratch_width : (crew.tid + 1) * io.scratch_width]
+    mine = 0
+    piece = take(crew, phase, tokens)
     while piece < tokens:
-        ops.norm_run(io.x, piece * io.x_width, w.input_norm, io.normed.x, piece * io.normed.width)
-        quantize_row(io.normed, piece)
-        done(sync, 0)
-        piece = take(sync, 0)
-    wait(sync, 0, tokens)
-    nq, nk, nv = strips(w.q.rows), strips(w.k.rows), strips(w.v.rows)
-    piece = take(sync, 1)
-    while piece < nq + nk + nv:
-        if piece < nq:
-            _strip(w.q, io.normed, io, tokens, io.q, io.q_width, piece)
-        elif piece < nq + nk:
-            _strip(w.k, io.normed, io, tokens, io.k, io.k_width, piece - nq)
-        else:
-            _strip(w.v, io.normed, io, tokens, io.v, io.k_width, piece - nq - nk)
-        done(sync, 1)
-        piece = take(sync, 1)
-    wait(sync, 1, nq + nk + nv)
-    _attend(tid, sync, w, shape, io, cache, place)
-    _finish(sync, w, io, tokens)
-
-
-@inner
-def _attend(tid, sync, w, shape, io, cache, place):
-    # phases 2 to 4: from q, k, v to attended
-    tokens, start = place
-    piece = take(sync, 2)
-    while piece < tokens:
-        _shape_token(w, shape, io, piece, start + piece, io.scratch[tid], cache)
-        done(sync, 2)
-        piece = take(sync, 2)
-    wait(sync, 2, tokens)
-    heads, d, out = shape.heads, shape.head_dim, io.attended
-    group = heads // shape.kv_heads
-    piece = take(sync, 3)
-    while piece < tokens * heads:
-        t, h = piece // heads, piece % heads
-        at, to = t * io.q_width + h * d, t * out.width + h * d
-        where = (h // group, start + t)
-        ops.attend_head(io.q, at, cache, shape, where, io.scratch[tid], out.x[to : to + d])
-        done(sync, 3)
-        piece = take(sync, 3)
-    wait(sync, 3, tokens * heads)
-    piece = take(sync, 4)
+        _shape_token(table, at, piece, start + piece, scratch)
+        mine += 1
+        piece = take(crew, phase, tokens)
+    finish(crew, phase, mine, tokens)
+    cache, out = (_cache_k(table, at), _cache_v(table, at)), io.attended
+    pieces, mine = attend_pieces(shape, tokens), 0
+    piece = take(crew, phase + 1, pieces)
+    while piece < pieces:
+        where = tokens, start
+        attend(piece, (io.q, io.q_width), cache, shape, where, scratch, (out.x, out.width))
+        mine += 1
+        piece = take(crew, phase + 1, pieces)
+    finish(crew, phase + 1, mine, pieces)
+    mine = 0
+    piece = take(crew, phase + 2, tokens)
     while piece < tokens:
         quantize_row(out, piece)
-        done(sync, 4)
-        piece = take(sync, 4)
-    wait(sync, 4, tokens)
+        mine += 1
+        piece = take(crew, phase + 2, tokens)
+    finish(crew, phase + 2, mine, tokens)
+
+
+@inlined
+def _enter(crew, phase, table, at, tokens):
+    # normed = input norm(x)
+    io, norm = _buffers(table, at), _input_norm(table, at)
+    mine = 0
+    piece = take(crew, phase, tokens)
+    while piece < tokens:
+        ops.norm_run(io.x, piece * io.x_width, norm, io.normed.x, piece * io.normed.width)
+        quantize_row(io.normed, piece)
+        mine += 1
+        piece = take(crew, phase, tokens)
+    finish(crew, phase, mine, tokens)
+
+
+@inlined
+def _leave(crew, phase, table, at, tokens):
+    # x += y + bias; normed = post norm(x)
+    io, norm, bias = _buffers(table, at), _post_norm(table, at), _o_bias(table, at)
+    size, mine = _o(table, at).rows, 0
+    piece = take(crew, phase, tokens)
+    while piece < tokens:
+        row = piece * io.x_width
+        ops.add_run(io.y, row, bias, 0, bias.size)
+        ops.add_run(io.x, row, io.y, row, size)
+        ops.norm_run(io.x, row, norm, io.normed.x, piece * io.normed.width)
+        quantize_row(io.normed, piece)
+        mine += 1
+        piece = take(crew, phase, tokens)
+    finish(crew, phase, mine, tokens)
 
 
 @inner
-def _finish(sync, w, io, tokens):
-    # phases 5 to 7: output projection, residual, norm, router
-    pieces = strips(w.o.rows)
-    piece = take(sync, 5)
-    while piece < pieces:
-        _strip(w.o, io.attended, io, tokens, io.y, io.x_width, piece)
-        done(sync, 5)
-        piece = take(sync, 5)
-    wait(sync, 5, pieces)
-    piece = take(sync, 6)
-    while piece < tokens:
-        at = piece * io.x_width
-        ops.add_run(io.x, at, io.y, at, w.o.rows)
-        ops.add_run(io.x, at, w.o_bias, 0, w.o_bias.size)
-        ops.norm_run(io.x, at, w.post_norm, io.normed.x, piece * io.normed.width)
-        quantize_row(io.normed, piece)
-        done(sync, 6)
-        piece = take(sync, 6)
-    wait(sync, 6, tokens)
-    pieces = strips(w.router.rows)
-    piece = take(sync, 7)
-    while piece < pieces:
-        _strip(w.router, io.normed, io, tokens, io.router_logits, io.router_width, piece)
-        done(sync, 7)
-        piece = take(sync, 7)
-    wait(sync, 7, pieces)
+def attention(crew, phase, table, at, tokens, start):
+    """x += attention(norm(x)); normed = norm(x), of tokens at positions start... 7 phases."""
+    _enter(crew, phase, table, at, tokens)
+    _queries(crew, phase + 1, table, at, tokens)
+    _attend(crew, phase + 2, table, at, tokens, start)
+    io, o = _buffers(table, at), _o(table, at)
+    to = tokens, io.y, io.x_width
+    product(crew, phase + 5, o, io.attended, io.rows, to, first_row(crew, o))
+    _leave(crew, phase + 6, table, at, tokens)
+    return phase + 7
 
 
-@kernel
-def norm_row(norm, io, row):
-    """normed[0] = norm(x[row]): what the head multiplies."""
-    ops.norm_run(io.x, row * io.x_width, norm, io.normed.x, 0)
-    quantize_row(io.normed, 0)
+@inlined
+def head(crew, phase, norm, matrix, io, row, out):
+    """out = norm(x[row]) @ matrix.T: the logits of one token. 2 phases."""
+    mine = 0
+    piece = take(crew, phase, 1)
+    while piece < 1:
+        ops.norm_run(io.x, row * io.x_width, norm, io.normed.x, 0)
+        quantize_row(io.normed, 0)
+        mine += 1
+        piece = take(crew, phase, 1)
+    finish(crew, phase, mine, 1)
+    to, after = (np.int64(1), out, out.size), first_row(crew, matrix)
+    return product(crew, phase + 1, matrix, io.normed, io.rows, to, after)
 
 
 # --- feed-forward -------------------------------------------------------------------------------
 
 
-class FeedForward(NamedTuple):
-    """The matrices of gated feed-forward parts: a dense one, or experts that share an arena.
-
-    Expert j's gate begins at gate.packed[gate.base + base[j]], and so on, with `base` of the job.
-    """
-
-    gate: Matrix
-    up: Matrix
-    down: Matrix
-
-
-class FeedForwardJob(NamedTuple):
-    """Which parts compute which rows: part j computes positions first[j] .. first[j + 1].
-
-    source [P] int32: activation row of position p. target [P] int32: row of `out` it writes.
-    hidden: the Act that feeds `down`, its x [P, width] the gate's output; up float32 [P * width].
-    """
-
-    base: I64
-    first: I64
-    source: npt.NDArray[np.int32]
-    target: npt.NDArray[np.int32]
-    places: npt.NDArray[np.int32]  # 0 .. P - 1: the workspace row of each position
-    hidden: Act
-    up: F32
-    out: F32
-    width: int
-
-
-class Sum(NamedTuple):
-    """x [T * width] += sum over k, in order, of weights [T, K] * parts [T * K * width].
-
-    tokens 0: not yet. gates: a logit a token whose sigmoid multiplies the weight, or empty.
-    """
-
-    x: F32
-    width: int
-    size: int
-    parts: F32
-    weights: F32
-    gates: F32
-    tokens: int
-
-
-@inner
+@inlined
 def _move(matrix, by):
-    return Matrix(matrix.fmt, matrix.packed, matrix.base + by, matrix.rows, matrix.cols)
+    return Matrix(
+        matrix.product,
+        matrix.row,
+        matrix.packed,
+        matrix.base + by,
+        matrix.rows,
+        matrix.cols,
+        matrix.tile_bytes,
+    )
 
 
 @inner
-def _gate_up(ff, act, job, part, start):
+def _part_place(matrix, job, piece):
+    # where a piece's rows of an expert's matrix begin
+    each = strips(matrix.rows)
+    return place(matrix, piece % each * STRIP) + job.base[piece // each]
+
+
+@inner
+def _gate_up(ff, act, job, part, start, follow):
     # rows start .. start + 32 of silu(x @ gate.T) * (x @ up.T) of one part, quantized as made
     h, rows = job.hidden, ff.gate.rows
     stop = min(start + STRIP, rows)
     first, last, base = job.first[part], job.first[part + 1], job.base[part]
     to_gate = Job(job.source, job.places, first, last, h.x, h.width)
     to_up = Job(job.source, job.places, first, last, job.up, h.width)
-    multiply(_move(ff.gate, base), act, to_gate, start, stop)
-    multiply(_move(ff.up, base), act, to_up, start, stop)
+    up = _move(ff.up, base)
+    multiply(_move(ff.gate, base), act, to_gate, start, stop, place(up, start))
+    multiply(up, act, to_up, start, stop, follow)
     for p in range(first, last):
         row = p * h.width
         for c in range(start, (stop + 7) // 8 * 8, 8):
@@ -275,44 +273,69 @@ def _gate_up(ff, act, job, part, start):
             quantize_block(h, row + start, p * h.blocks + start // 32)
 
 
+@inlined
+def _inner_products(crew, phase, ff, act, job):
+    each = strips(ff.gate.rows)
+    pieces, mine = job.parts * each, 0
+    last, down = own(crew, pieces, crew.tid)[1], job.parts * strips(ff.down.rows)
+    after = _part_place(ff.down, job, min(own(crew, down, crew.tid)[0], down - 1))
+    piece = take(crew, phase, pieces)
+    while piece < pieces:
+        follow = _part_place(ff.gate, job, piece + 1) if piece + 1 < last else after
+        _gate_up(ff, act, job, piece // each, piece % each * STRIP, follow)
+        mine += 1
+        piece = take(crew, phase, pieces)
+    finish(crew, phase, mine, pieces)
+
+
+SUM_RUN = 512  # columns of one piece of a Sum
+
+
 @inner
-def _add_parts(total, t):
-    top_k = total.weights.shape[1]
+def _add_parts(total, t, start):
+    # columns start .. start + SUM_RUN of row t; widths are padded to 8
     factor = np.float32(1)
     if total.gates.size:
         factor = np.float32(1) / (np.float32(1) + np.float32(math.exp(-total.gates[t * 8])))
-    for c in range(total.size):
-        acc = np.float32(0)
-        for k in range(top_k):
-            acc += total.weights[t, k] * total.parts[(t * top_k + k) * total.width + c]
-        total.x[t * total.width + c] += acc * factor
+    times = splat_f32(factor)
+    for c in range(start, min(start + SUM_RUN, total.size), 8):
+        acc = zero_f32()
+        for k in range(total.top_k):
+            row = t * total.top_k + k
+            part = load_f32(total.parts, row * total.width + c)
+            acc = add_f32(acc, mul_f32(splat_f32(total.weights[row]), part))
+        at = t * total.width + c
+        store_f32(total.x, at, add_f32(load_f32(total.x, at), mul_f32(acc, times)))
 
 
-@kernel
-def feed_forward(tid, sync, ff, act, job, total):
-    """out[target] = down(silu(gate(x)) * up(x)) for the job's positions; then the Sum."""
-    parts = job.base.size
-    each = strips(ff.gate.rows)
-    piece = take(sync, 0)
-    while piece < parts * each:
-        _gate_up(ff, act, job, piece // each, piece % each * STRIP)
-        done(sync, 0)
-        piece = take(sync, 0)
-    wait(sync, 0, parts * each)
+@inner
+def feed_forward(crew, phase, ff, act, job, total, then):
+    """out[target] = down(silu(gate(x)) * up(x)) for the job's positions; then the Sum. 3 phases.
+
+    then: (rows of the Sum, 0 if it has to wait; the address that this thread reads next).
+    """
+    tokens, after = then
+    _inner_products(crew, phase, ff, act, job)
     each = strips(ff.down.rows)
-    piece = take(sync, 1)
-    while piece < parts * each:
+    pieces, mine = job.parts * each, 0
+    end = own(crew, pieces, crew.tid)[1]
+    piece = take(crew, phase + 1, pieces)
+    while piece < pieces:
         part, start = piece // each, piece % each * STRIP
         first, last = job.first[part], job.first[part + 1]
         to = Job(job.places, job.target, first, last, job.out, job.width)
+        follow = _part_place(ff.down, job, piece + 1) if piece + 1 < end else after
         down = _move(ff.down, job.base[part])
-        multiply(down, job.hidden, to, start, min(start + STRIP, ff.down.rows))
-        done(sync, 1)
-        piece = take(sync, 1)
-    wait(sync, 1, parts * each)
-    piece = take(sync, 2)
-    while piece < total.tokens:
-        _add_parts(total, piece)
-        done(sync, 2)
-        piece = take(sync, 2)
-    wait(sync, 2, total.tokens)
+        multiply(down, job.hidden, to, start, min(start + STRIP, ff.down.rows), follow)
+        mine += 1
+        piece = take(crew, phase + 1, pieces)
+    finish(crew, phase + 1, mine, pieces)
+    runs = (total.size + SUM_RUN - 1) // SUM_RUN
+    pieces, mine = tokens * runs, 0
+    piece = take(crew, phase + 2, pieces)
+    while piece < pieces:
+        _add_parts(total, piece // runs, piece % runs * SUM_RUN)
+        mine += 1
+        piece = take(crew, phase + 2, pieces)
+    finish(crew, phase + 2, mine, pieces)
+    return phase + 3

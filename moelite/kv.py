@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import numpy as np
-import numpy.typing as npt
 
 from moelite.arch import Arch, Attention
-from moelite.quant.base import pad
-
-KVFormat = Literal["f16", "f32"]
-_DTYPE: dict[str, Any] = {"f16": np.uint16, "f32": np.float32}  # numba reads fp16 as its bits
+from moelite.attention import KVFormat, kv_row_bytes
+from moelite.quant.base import U8
 
 
-def _elements(attention: Attention, context: int) -> int:
-    return attention.num_kv_heads * context * pad(attention.head_dim, 8)
+def _bytes(attention: Attention, context: int, kv: KVFormat) -> int:
+    return attention.num_kv_heads * context * kv_row_bytes(attention.head_dim, kv)
 
 
 def kv_bytes(arch: Arch, context: int, kv: KVFormat) -> int:
     """Bytes of the keys and values of `context` tokens in every layer."""
-    size = np.dtype(_DTYPE[kv]).itemsize
-    return sum(2 * size * _elements(layer.attention, context) for layer in arch.layers)
+    return sum(2 * _bytes(layer.attention, context, kv) for layer in arch.layers)
 
 
 class KVCache:
-    """k[l], v[l]: one run [NK, context, D8] per layer, D8 = head_dim padded to 8 with zeros.
+    """k[l], v[l]: uint8 [NK * context * row_bytes] of each layer, see moelite.attention.
 
-    fp16 values lie in uint16 arrays. A head's positions are contiguous, so decode reads them in a
-    stream. Pages are touched as the context grows, so memory used is memory filled.
+    A head's positions are contiguous, so decode reads them in a stream. Pages are touched as the
+    context grows, so memory used is memory filled.
     """
 
     def __init__(self, arch: Arch, context: int, kv: KVFormat) -> None:
-        self.context = context
-        self.k: list[npt.NDArray[Any]] = []
-        self.v: list[npt.NDArray[Any]] = []
+        self.context, self.format = context, kv
+        self.k: list[U8] = []
+        self.v: list[U8] = []
         for layer in arch.layers:
-            count = _elements(layer.attention, context)
-            self.k.append(np.zeros(count, _DTYPE[kv]))
-            self.v.append(np.zeros(count, _DTYPE[kv]))
+            size = _bytes(layer.attention, context, kv)
+            self.k.append(np.zeros(size, np.uint8))
+            self.v.append(np.zeros(size, np.uint8))

@@ -1,7 +1,7 @@
-"""The parts of a decoder layer over packed weights: attention, feed-forward, MoE.
+"""Writes a model down for compiled code: every layer as one row of words (moelite.step).
 
-Each takes its facts from an Arch and its numbers from a WeightSource, and hands both to one kernel;
-none knows a model or a format. Routed experts come from an ExpertSource, which owns their memory.
+The facts come from an Arch, the numbers from a WeightSource; nothing here knows a model or a
+format. Routed experts come from an ExpertSource, which owns their memory.
 """
 
 from __future__ import annotations
@@ -11,21 +11,40 @@ from typing import Protocol
 
 import numpy as np
 
-from moelite import kernels, ops
+from moelite import ops
 from moelite.arch import Arch, Attention, GatedMLP, Layer, Linear, MoE, Norm, Rope, TensorRef
-from moelite.dispatch import linear_job
+from moelite.attention import KV_FORMATS, AttentionShape, kv_row_bytes
+from moelite.dispatch import NO_MATRIX, matrix_of, new_act
 from moelite.kv import KVCache
-from moelite.quant import FORMATS
-from moelite.quant.base import F32, U8, Job, Matrix, RecordLayout, pad
-from moelite.routing import route
-from moelite.threads import Team
+from moelite.program import (
+    AttentionWeights,
+    Dense,
+    FeedForward,
+    FeedForwardJob,
+    LayerWords,
+    Routed,
+    Shaping,
+    Sum,
+)
+from moelite.quant.base import F32, U8, Matrix, RecordLayout, pad
+from moelite.routing import Rule
+from moelite.words import I32
 from moelite.workspace import Workspace
 
-# multiply-adds below which a second thread costs more than it saves (5 us at 20 G/s)
-_ALONE = 100_000
-
-_NOTHING = Matrix(0, np.zeros(0, np.uint8), 0, 0, 0)
 _NO_NORM = ops.NormWeights(ops.EMPTY, ops.EMPTY, 0, np.float32(0), False)
+_NO_PARTS = FeedForward(NO_MATRIX, NO_MATRIX, NO_MATRIX)
+_NO_I32, _NO_I64 = np.zeros(0, np.int32), np.zeros(0, np.int64)
+_NO_ACT = new_act(0, 0, quantized=False)
+_NO_JOB = FeedForwardJob(
+    _NO_I64, _NO_I64, _NO_I32, _NO_I32, _NO_I32, _NO_ACT, ops.EMPTY, ops.EMPTY, 0, 0
+)
+_NO_SUM = Sum(ops.EMPTY, 0, 0, ops.EMPTY, ops.EMPTY, 0, ops.EMPTY)
+_NOTHING_ROUTED = Routed(
+    Rule(0, 0, False, np.float32(0)),
+    *(0, _NO_I32, _NO_I32, ops.EMPTY, ops.EMPTY),
+    *(_NO_PARTS, _NO_JOB, _NO_SUM),
+)
+_NOTHING_DENSE = Dense(_NO_PARTS, _NO_JOB, _NO_SUM, NO_MATRIX, ops.EMPTY)
 
 
 class WeightSource(Protocol):
@@ -41,19 +60,17 @@ class ExpertSource(Protocol):
     arena: U8
     record_bytes: int
 
+    def slots_of(self, layer: int, experts: int) -> I32:
+        """Where each of a layer's experts is: its slot, or -1. Kept up to date."""
+        ...
+
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts that all are in memory were used."""
+        ...
+
     def batches(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """(expert, slot) pairs, in groups, as they can be multiplied; each expert once."""
         ...
-
-
-class Context:
-    """What all parts share while a chunk of `tokens` tokens at position `start` is computed."""
-
-    __slots__ = ("start", "team", "tokens", "work")
-
-    def __init__(self, team: Team, work: Workspace) -> None:
-        self.team, self.work = team, work
-        self.tokens = self.start = 0
 
 
 def load_vector(source: WeightSource, ref: TensorRef | None) -> F32:
@@ -61,10 +78,12 @@ def load_vector(source: WeightSource, ref: TensorRef | None) -> F32:
     return ops.EMPTY if ref is None else source.read(ref.key).view(np.float32)
 
 
-def load_matrix(source: WeightSource, part: Linear) -> Matrix:
-    """A packed matrix of [rows, cols]; its bias is loaded apart."""
-    code = FORMATS[source.format_of(part.weight.key)].code
-    return Matrix(code, source.read(part.weight.key), 0, part.rows, part.cols)
+def load_matrix(source: WeightSource, part: Linear | None) -> Matrix:
+    """A packed matrix of [rows, cols], without rows if there is none; its bias is loaded apart."""
+    if part is None:
+        return NO_MATRIX
+    key = part.weight.key
+    return matrix_of(source.format_of(key), source.read(key), 0, part.rows, part.cols)
 
 
 def load_norm(source: WeightSource, norm: Norm | None) -> ops.NormWeights:
@@ -79,11 +98,10 @@ def load_norm(source: WeightSource, norm: Norm | None) -> ops.NormWeights:
 
 
 class RopeTables:
-    """cos and sin of every position of the context, once for each distinct Rope."""
+    """cos and sin of every position of the context, flat, once for each distinct Rope."""
 
     def __init__(self, arch: Arch, context: int) -> None:
-        empty = np.zeros((context, 0), np.float32)
-        self.tables: dict[Rope | None, tuple[F32, F32]] = {None: (empty, empty)}
+        self.tables: dict[Rope | None, tuple[F32, F32]] = {None: (ops.EMPTY, ops.EMPTY)}
         for layer in arch.layers:
             rope = layer.attention.rope
             if rope is None or rope in self.tables:
@@ -92,7 +110,7 @@ class RopeTables:
             cos = np.empty((context, freq.size), np.float32)
             sin = np.empty((context, freq.size), np.float32)
             ops.rope_table(freq, rope.scale, 0, cos, sin)
-            self.tables[rope] = cos, sin
+            self.tables[rope] = cos.reshape(-1), sin.reshape(-1)
 
 
 def rope_bytes(arch: Arch, context: int) -> int:
@@ -101,173 +119,119 @@ def rope_bytes(arch: Arch, context: int) -> int:
     return sum(8 * context * len(rope.inv_freq) for rope in ropes if rope is not None)
 
 
-def load_attention(
-    source: WeightSource, layer: Layer, ropes: RopeTables
-) -> kernels.AttentionWeights:
+def load_attention(source: WeightSource, layer: Layer, ropes: RopeTables) -> AttentionWeights:
     """One layer's norms, attention and router matrix."""
     spec, mlp = layer.attention, layer.mlp
     cos, sin = ropes.tables[spec.rope]
-    return kernels.AttentionWeights(
-        load_norm(source, layer.input_norm),
-        load_matrix(source, spec.q),
-        load_matrix(source, spec.k),
-        load_matrix(source, spec.v),
-        load_matrix(source, spec.o),
+    shaping = Shaping(
         load_vector(source, spec.q.bias),
         load_vector(source, spec.k.bias),
         load_vector(source, spec.v.bias),
-        load_vector(source, spec.o.bias),
         load_norm(source, spec.q_norm),
         load_norm(source, spec.k_norm),
         np.float32(np.inf if spec.clip is None else spec.clip),
         cos,
         sin,
+        0 if spec.rope is None else len(spec.rope.inv_freq),
         spec.rope is not None and spec.rope.style == "interleaved",
+    )
+    return AttentionWeights(
+        load_norm(source, layer.input_norm),
+        load_matrix(source, spec.q),
+        load_matrix(source, spec.k),
+        load_matrix(source, spec.v),
+        shaping,
+        load_matrix(source, spec.o),
+        load_vector(source, spec.o.bias),
         load_norm(source, layer.post_norm),
-        load_matrix(source, mlp.router.linear) if isinstance(mlp, MoE) else _NOTHING,
+        load_matrix(source, mlp.router.linear if isinstance(mlp, MoE) else None),
     )
 
 
-class AttentionPart:
-    """x += attention(norm(x)); normed = norm(x); router logits."""
+def attention_shape(spec: Attention, kv: KVCache) -> AttentionShape:
+    """The sizes that a layer's attention runs with."""
+    d8, row_bytes = pad(spec.head_dim, 8), kv_row_bytes(spec.head_dim, kv.format)
+    return AttentionShape(
+        *(spec.num_heads, spec.num_kv_heads, spec.head_dim, d8, kv.context, spec.window or 0),
+        *(np.float32(spec.scale), KV_FORMATS.index(kv.format), row_bytes),
+    )
+
+
+def expert_parts(layout: RecordLayout, arena: U8) -> FeedForward:
+    """The three matrices of the expert whose record begins at the arena's first byte."""
+    fmt, wide = layout.format, (layout.expert_size, layout.hidden_size)
+    return FeedForward(
+        matrix_of(fmt, arena, layout.gate, *wide),
+        matrix_of(fmt, arena, layout.up, *wide),
+        matrix_of(fmt, arena, layout.down, *wide[::-1]),
+    )
+
+
+def _dense(source: WeightSource, spec: GatedMLP, gate: Linear | None, work: Workspace) -> Dense:
+    parts = FeedForward(*(load_matrix(source, part) for part in (spec.gate, spec.up, spec.down)))
+    hidden, up = work.mlp(spec, work.chunk)
+    rows, y, width = work.rows, work.y.reshape(-1), work.y.shape[1]
+    base, gates = work.start, work.shared_gate.reshape(-1)
+    job = FeedForwardJob(base, work.span, rows, rows, rows, hidden, up, y, width, 1)
+    x, ones = work.x.reshape(-1), work.ones.reshape(-1)
+    factor = ops.EMPTY if gate is None else gates
+    total = Sum(x, work.x.shape[1], spec.down.rows, y, ones, 1, factor)
+    return Dense(parts, job, total, load_matrix(source, gate), gates)
+
+
+def _routed(
+    spec: MoE, number: int, work: Workspace, experts: ExpertSource, layout: RecordLayout
+) -> Routed:
+    router, parts = spec.router, expert_parts(layout, experts.arena)
+    k = router.top_k
+    hidden, up = work.mlp(spec.experts, work.chunk * k)
+    out, width = work.parts.reshape(-1), work.parts.shape[1]
+    first, target = work.expert_first, work.expert_target
+    job = FeedForwardJob(
+        work.expert_base[:k], first, work.zeros, target, work.rows, hidden, up, out, width, k
+    )
+    weights = work.weights[number, :k]
+    size = parts.down.rows
+    total = Sum(work.x.reshape(-1), work.x.shape[1], size, out, weights, k, ops.EMPTY)
+    return Routed(
+        Rule(spec.num_experts, k, router.renormalize, np.float32(router.scale)),
+        experts.record_bytes,
+        experts.slots_of(number, spec.num_experts),
+        work.selected[number, :k],
+        weights,
+        work.router_scores,
+        parts,
+        job,
+        total,
+    )
+
+
+class Builder:
+    """Makes the LayerWords of an Arch's layers, one after another."""
 
     def __init__(
-        self, layer: Layer, source: WeightSource, ropes: RopeTables, work: Workspace
+        self, arch: Arch, source: WeightSource, experts: ExpertSource, layout: RecordLayout
     ) -> None:
-        self.weights = load_attention(source, layer, ropes)
-        self.spec = layer.attention
-        self.buffers = work.buffers(self.spec.o.cols)
+        self._arch, self._source, self._experts = arch, source, experts
+        self._layout = layout
 
-    def __call__(self, ctx: Context, layer: int, kv: KVCache) -> None:
-        cache, place = (kv.k[layer], kv.v[layer]), (ctx.tokens, ctx.start)
-        shape = _shape(self.spec, kv.context)
-        alone = ctx.tokens * self.spec.q.rows * self.spec.q.cols < _ALONE
-        ctx.team.run(
-            kernels.attention_block,
-            self.weights,
-            shape,
-            self.buffers,
-            cache,
-            place,
-            alone=alone,
-        )
-
-
-def _shape(spec: Attention, context: int) -> ops.AttentionShape:
-    d8, scale = pad(spec.head_dim, 8), np.float32(spec.scale)
-    heads = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    return ops.AttentionShape(*heads, d8, context, spec.window or 0, scale)
-
-
-class DensePart:
-    """x += down(silu(gate(normed)) * up(normed)), times a gate's sigmoid where there is one."""
-
-    def __init__(
-        self, spec: GatedMLP, source: WeightSource, work: Workspace, gate: Linear | None = None
-    ) -> None:
-        self.weights = kernels.FeedForward(
-            *(load_matrix(source, part) for part in (spec.gate, spec.up, spec.down))
-        )
-        self.gate = None if gate is None else load_matrix(source, gate)
-        self.hidden, self.up = work.mlp(spec, work.chunk)
-
-    def __call__(self, ctx: Context) -> None:
-        work, tokens, rows = ctx.work, ctx.tokens, ctx.work.rows
-        gates = ops.EMPTY
-        if self.gate is not None:
-            gates = work.shared_gate.reshape(-1)
-            to_gates = Job(rows, rows, 0, tokens, gates, 8)
-            ctx.team.run(linear_job, self.gate, work.normed, to_gates, alone=True)
-        y, down = work.y.reshape(-1), self.weights.down
-        job = kernels.FeedForwardJob(
-            _FIRST,
-            np.array([0, tokens]),
-            rows,
-            rows,
-            rows,
-            self.hidden,
-            self.up,
-            y,
-            work.y.shape[1],
-        )
-        total = kernels.Sum(
-            work.x.reshape(-1), work.x.shape[1], down.rows, y, work.ones, gates, tokens
-        )
-        alone = tokens * down.rows * down.cols < _ALONE
-        ctx.team.run(kernels.feed_forward, self.weights, work.normed, job, total, alone=alone)
-
-
-_FIRST = np.zeros(1, np.int64)
-
-
-class MoEPart:
-    """x += the routed experts' weighted outputs, in the router's order; then the shared expert."""
-
-    def __init__(
-        self,
-        spec: MoE,
-        source: WeightSource,
-        work: Workspace,
-        experts: ExpertSource,
-        layout: RecordLayout,
-    ) -> None:
-        self.spec, self.experts = spec, experts
-        code, arena = FORMATS[layout.format].code, experts.arena
-        wide = layout.expert_size, layout.hidden_size
-        self.weights = kernels.FeedForward(
-            Matrix(code, arena, layout.gate, *wide),
-            Matrix(code, arena, layout.up, *wide),
-            Matrix(code, arena, layout.down, *wide[::-1]),
-        )
-        self.hidden, self.up = work.mlp(spec.experts, work.chunk * spec.router.top_k)
-        self.shared = None
-        if spec.shared is not None:
-            self.shared = DensePart(spec.shared, source, work, spec.shared_gate)
-
-    def __call__(self, ctx: Context, layer: int) -> None:
-        work, tokens = ctx.work, ctx.tokens
-        logits = work.router_logits[:tokens, : self.spec.num_experts]
-        selected, weights = route(self.spec.router, logits)
-        flat = selected.reshape(-1)
-        if tokens == 1:
-            wanted, runs = flat.tolist(), None
+    def layer(self, number: int, ropes: RopeTables, work: Workspace, kv: KVCache) -> LayerWords:
+        """Layer `number`, its weights read."""
+        layer, source = self._arch.layers[number], self._source
+        spec, mlp = layer.attention, layer.mlp
+        routed, dense = _NOTHING_ROUTED, _NOTHING_DENSE
+        if isinstance(mlp, MoE):
+            routed = _routed(mlp, number, work, self._experts, self._layout)
+            if mlp.shared is not None:
+                dense = _dense(source, mlp.shared, mlp.shared_gate, work)
         else:
-            order = np.argsort(flat, kind="stable").astype(np.int32)
-            ends = np.cumsum(np.bincount(flat, minlength=self.spec.num_experts))
-            wanted = np.unique(flat).tolist()
-            runs = {e: order[ends[e - 1] if e else 0 : ends[e]] for e in wanted}
-        left = len(wanted)
-        for batch in self.experts.batches(layer, wanted):
-            left -= len(batch)
-            if runs is None:
-                target = np.array([wanted.index(e) for e, _ in batch], np.int32)
-                first = np.arange(len(batch) + 1)
-            else:
-                mine = [runs[e] for e, _ in batch]
-                target, first = np.concatenate(mine), np.cumsum([0, *map(len, mine)])
-            self._multiply(ctx, batch, (target, first), weights, 0 if left else tokens)
-        if self.shared is not None:
-            self.shared(ctx)
-
-    def _multiply(
-        self,
-        ctx: Context,
-        batch: list[tuple[int, int]],
-        positions: tuple[np.ndarray, np.ndarray],
-        weights: F32,
-        tokens: int,
-    ) -> None:
-        """Computes a batch of experts; then, with tokens > 0, sums all parts into x."""
-        work, (target, first) = ctx.work, positions
-        parts, width = work.parts.reshape(-1), work.parts.shape[1]
-        base = np.array([slot for _, slot in batch], np.int64) * self.experts.record_bytes
-        source = target // np.int32(self.spec.router.top_k)
-        job = kernels.FeedForwardJob(
-            base, first, source, target, work.rows, self.hidden, self.up, parts, width
+            dense = _dense(source, mlp, None, work)
+        return LayerWords(
+            load_attention(source, layer, ropes),
+            attention_shape(spec, kv),
+            work.buffers(spec.o.cols),
+            kv.k[number],
+            kv.v[number],
+            routed,
+            dense,
         )
-        down = self.weights.down
-        total = kernels.Sum(
-            work.x.reshape(-1), work.x.shape[1], down.rows, parts, weights, ops.EMPTY, tokens
-        )
-        alone = target.size * down.rows * down.cols < _ALONE
-        ctx.team.run(kernels.feed_forward, self.weights, work.normed, job, total, alone=alone)

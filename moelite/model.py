@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moelite import kernels
+from moelite import ops
 from moelite.arch import Arch, MoE
-from moelite.dispatch import embed_rows, linear_job
+from moelite.dispatch import matrix_of
 from moelite.kv import KVCache
 from moelite.layers import (
-    AttentionPart,
-    Context,
-    DensePart,
+    Builder,
     ExpertSource,
-    MoEPart,
     RopeTables,
     WeightSource,
+    expert_parts,
     load_matrix,
     load_norm,
 )
-from moelite.quant import FORMATS
-from moelite.quant.base import F32, Job, Matrix, RecordLayout, pad
+from moelite.program import FeedForward, FeedForwardJob, Program, Sum
+from moelite.quant.base import F32, RecordLayout, pad
+from moelite.routing import route
+from moelite.step import (
+    EXPERTS,
+    HEAD,
+    LAYER_PHASES,
+    LAYER_WORDS,
+    LAYERS,
+    PARTS,
+    clock,
+    part_address,
+)
 from moelite.threads import Team
+from moelite.words import I32, words_of
 from moelite.workspace import Workspace
+
+# Multiply-adds of a layer below which a second thread costs more than it saves: 16 phases of 0.3 us
+_ALONE = 200_000
+
+OnRoute = Callable[[int, I32], None]  # (layer, selected experts [T, K])
 
 
 class Decoder:
-    """An Arch with its weights. Not thread-safe: one forward pass at a time."""
+    """An Arch with its weights. Not thread-safe: one forward pass at a time.
+
+    on_route: told which experts each token selected, layer by layer.
+    """
 
     def __init__(
         self,
@@ -38,59 +57,170 @@ class Decoder:
         layout: RecordLayout,
         *,
         work: Workspace,
-        context: int,
+        kv: KVCache,
         team: Team,
     ) -> None:
-        self.arch, self.work = arch, work
-        self.ctx = Context(team, work)
-        ropes = RopeTables(arch, context)
-        self.head = load_matrix(source, arch.head)
-        self.norm = load_norm(source, arch.norm)
+        self.arch, self.work, self.kv = arch, work, kv
+        self.on_route: OnRoute | None = None
+        self._team, self._experts = team, experts
+        self._parts: FeedForward = expert_parts(layout, experts.arena)
+        norm, head = load_norm(source, arch.norm), load_matrix(source, arch.head)
         embed = arch.embed.key
-        packed = self.head.packed if arch.tied else source.read(embed)
-        code = FORMATS[source.format_of(embed)].code
-        self.embed = Matrix(code, packed, 0, arch.vocab_size, arch.hidden_size)
-        self.layers: list[tuple[AttentionPart, DensePart | MoEPart]] = []
-        for layer in arch.layers:
-            mlp: DensePart | MoEPart
-            if isinstance(layer.mlp, MoE):
-                mlp = MoEPart(layer.mlp, source, work, experts, layout)
-            else:
-                mlp = DensePart(layer.mlp, source, work)
-            self.layers.append((AttentionPart(layer, source, ropes, work), mlp))
-        self.buffers = work.buffers(arch.layers[0].attention.o.cols)
-        self.logit_row = np.zeros(pad(arch.vocab_size, 8), np.float32)
+        packed = head.packed if arch.tied else source.read(embed)
+        shape = arch.vocab_size, arch.hidden_size
+        matrix = matrix_of(source.format_of(embed), packed, 0, *shape)
+        self._logits = np.zeros(pad(arch.vocab_size, 8), np.float32)
+        self._logits_of = -1  # the row of the last chunk that they belong to
+        ropes, build = RopeTables(arch, kv.context), Builder(arch, source, experts, layout)
+        layers = [build.layer(i, ropes, work, kv) for i in range(len(arch.layers))]
+        table = np.array([words_of(layer) for layer in layers], np.int64).reshape(-1)
+        assert table.size == len(layers) * LAYER_WORDS
+        self._state, self._times = np.zeros(8, np.int64), np.zeros(8, np.int64)
+        program = Program(
+            table=table,
+            layers=len(layers),
+            attention=part_address("attention"),
+            feed=part_address("feed"),
+            embed=matrix,
+            norm=norm,
+            head=head,
+            buffers=layers[0].buffers,
+            logits=self._logits,
+            state=self._state,
+            times=self._times,
+        )
+        # words name arrays by their addresses: these own them
+        self._program = np.array(words_of(program), np.int64)
+        self._kept = layers, program
+        self._at = int(self._program.ctypes.data)
+        per_layer = _active_weights(arch) // len(layers)
+        self._made = time.perf_counter(), clock()
+        self._alone_tokens = _ALONE // max(per_layer, 1)
 
     def forward(
-        self,
-        ids: Sequence[int],
-        start: int,
-        kv: KVCache,
-        each: Callable[[int, F32], None] | None = None,
+        self, ids: Sequence[int], start: int, each: Callable[[int, F32], None] | None = None
     ) -> None:
         """Runs the tokens `ids` at positions start.. through all layers, filling the kv.
 
         ids must be at most work.chunk long. For every token, or for none if `each` is None,
         each(i, logits [V]) is called; the array is reused for the next token.
         """
-        work, ctx = self.work, self.ctx
         rows = np.asarray(ids, np.int64)
-        ctx.tokens, ctx.start = rows.size, start
-        embed_rows(self.embed, rows, work.x)
-        for i, (attention, mlp) in enumerate(self.layers):
-            attention(ctx, i, kv)
-            if isinstance(mlp, MoEPart):
-                mlp(ctx, i)
-            else:
-                mlp(ctx)
+        self.work.span[1] = tokens = rows.size
+        self._logits_of, first, layers = -1, 0, len(self.arch.layers)
+        while True:
+            words = [LAYERS, self._at, rows.ctypes.data, tokens, start, first]
+            self._run(words, tokens, rows, (layers - first + 2) * LAYER_PHASES)
+            stop = int(self._state[0])
+            if tokens == 1:
+                self._settle(first, layers if stop < 0 else stop)
+            if stop < 0:
+                break
+            self._route_to(stop, tokens)
+            first = stop + 1
+        if tokens == 1:
+            self._logits_of = 0
         if each is not None:
             for i in range(rows.size):
                 each(i, self.logits(i))
 
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds that the calling thread spent in each of PARTS since the decoder was made."""
+        seconds, passed = time.perf_counter() - self._made[0], clock() - self._made[1]
+        return {
+            name: int(ticks) * seconds / max(passed, 1)
+            for name, ticks in zip(PARTS, self._times, strict=False)
+        }
+
     def logits(self, row: int) -> F32:
         """logits [V] float32 of row `row` of the last chunk; overwritten by the next call."""
-        kernels.norm_row(self.norm, self.buffers, row)
-        rows = self.work.rows
-        job = Job(rows, rows, 0, 1, self.logit_row, self.logit_row.size)
-        self.ctx.team.run(linear_job, self.head, self.work.normed, job)
-        return self.logit_row[: self.arch.vocab_size]
+        if self._logits_of != row:
+            self._run([HEAD, self._at, row], 1)
+            self._logits_of = row
+        return self._logits[: self.arch.vocab_size]
+
+    def _run(
+        self, words: list[int], tokens: int, keep: object = None, phases: int = LAYER_PHASES
+    ) -> None:
+        self._team.run(words, phases, keep, alone=tokens <= self._alone_tokens)
+
+    def _settle(self, first: int, last: int) -> None:
+        """Tells the cache which experts one token used in layers first..last, all in memory."""
+        for i in range(first, last):
+            mlp = self.arch.layers[i].mlp
+            if isinstance(mlp, MoE):
+                selected = self.work.selected[i, : mlp.router.top_k]
+                self._experts.touch(i, selected.tolist())
+                self._tell(i, selected[None])
+
+    def _tell(self, layer: int, selected: I32) -> None:
+        if self.on_route is not None:
+            self.on_route(layer, selected)
+
+    def _route_to(self, layer: int, tokens: int) -> None:
+        """x += the routed experts' weighted outputs, in the router's order."""
+        mlp = self.arch.layers[layer].mlp
+        assert isinstance(mlp, MoE)
+        if tokens == 1:
+            k = mlp.router.top_k
+            selected, weights = self.work.selected[layer, None, :k], self.work.weights[layer, :k]
+        else:
+            logits = self.work.router_logits[:tokens, : mlp.num_experts]
+            selected, weights = route(mlp.router, logits)
+            weights = weights.reshape(-1)
+        self._tell(layer, selected)
+        flat = selected.reshape(-1)
+        order = np.argsort(flat, kind="stable").astype(np.int32)
+        ends = np.cumsum(np.bincount(flat, minlength=mlp.num_experts))
+        # each expert once: the order of one token's own choice, or ascending
+        wanted = flat.tolist() if tokens == 1 else np.unique(flat).tolist()
+        runs = {e: order[ends[e - 1] if e else 0 : ends[e]] for e in wanted}
+        left = len(wanted)
+        for batch in self._experts.batches(layer, wanted):
+            left -= len(batch)
+            target = np.concatenate([runs[e] for e, _ in batch])
+            first = np.cumsum([0, *(runs[e].size for e, _ in batch)])
+            slots = [slot for _, slot in batch]
+            self._multiply(mlp, slots, (target, first), weights, 0 if left else tokens)
+
+    def _multiply(
+        self,
+        mlp: MoE,
+        slots: list[int],
+        positions: tuple[np.ndarray, np.ndarray],
+        weights: F32,
+        tokens: int,
+    ) -> None:
+        """Computes a batch of experts; then, with tokens > 0, sums all parts into x."""
+        work, (target, first), k = self.work, positions, mlp.router.top_k
+        base = np.array(slots, np.int64) * self._experts.record_bytes
+        source = target // np.int32(k)
+        hidden, up = work.mlp(mlp.experts, work.chunk * k)
+        out, width = work.parts.reshape(-1), work.parts.shape[1]
+        job = FeedForwardJob(
+            *(base, first, source, target, work.rows),
+            *(hidden, up, out, width, len(slots)),
+        )
+        x, size = work.x.reshape(-1), self._parts.down.rows
+        total = Sum(x, work.x.shape[1], size, out, weights, k, ops.EMPTY)
+        words = words_of((EXPERTS, self._at, self._parts, job, work.normed, total, tokens))
+        self._run(words, target.size, (job, total))
+
+
+def _active_weights(arch: Arch) -> int:
+    """Weights that one token multiplies by in all layers."""
+    total = 0
+    for layer in arch.layers:
+        a, mlp = layer.attention, layer.mlp
+        parts = [a.q, a.k, a.v, a.o]
+        if isinstance(mlp, MoE):
+            e = mlp.experts
+            total += mlp.router.top_k * sum(p.rows * p.cols for p in (e.gate, e.up, e.down))
+            parts.append(mlp.router.linear)
+            dense = mlp.shared
+        else:
+            dense = mlp
+        if dense is not None:
+            parts += [dense.gate, dense.up, dense.down]
+        total += sum(part.rows * part.cols for part in parts)
+    return total

@@ -7,11 +7,9 @@ are padded to D8, head_dim rounded up to a multiple of 8, with zeros.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from moelite.jit import inlined, inner, kernel
 from moelite.quant.base import F32
@@ -20,11 +18,9 @@ from moelite.simd import (
     div_f32,
     exp_f32,
     fma_f32,
-    load_f16,
     load_f32,
     mul_f32,
     splat_f32,
-    store_f16,
     store_f32,
     sub_f32,
     sum_f32,
@@ -78,7 +74,14 @@ def norm_run(x, at, norm, out, to):
         scale = np.float32(1) / math.sqrt(_spread(out, to, size) + norm.eps)
     else:
         scale = np.float32(1) / math.sqrt(_spread(x, at, size) + norm.eps)
-    for i in range(size):
+    eights = size // 8
+    shift, times = splat_f32(mean), splat_f32(scale)
+    for i in range(0, eights * 8, 8):
+        v = mul_f32(sub_f32(load_f32(x, at + i), shift), times)
+        v = mul_f32(v, load_f32(norm.weight, i)) if norm.weight.size else v
+        v = add_f32(v, load_f32(norm.bias, i)) if norm.bias.size else v
+        store_f32(out, to + i, v)
+    for i in range(eights * 8, size):
         scaled = (x[at + i] - mean) * scale
         scaled = scaled * norm.weight[i] if norm.weight.size else scaled
         out[to + i] = scaled + norm.bias[i] if norm.bias.size else scaled
@@ -90,7 +93,10 @@ def norm_run(x, at, norm, out, to):
 @inner
 def add_run(x, at, y, to, size):
     """x[at : at + size] += y[to : to + size]."""
-    for i in range(size):
+    eights = size // 8 * 8
+    for i in range(0, eights, 8):
+        store_f32(x, at + i, add_f32(load_f32(x, at + i), load_f32(y, to + i)))
+    for i in range(eights, size):
         x[at + i] += y[to + i]
 
 
@@ -128,116 +134,14 @@ def rope_table(inv_freq, scale, start, cos, sin):
 @inner
 def rotate_run(x, at, cos, sin, interleaved):
     """Rotates the head x[at:] by cos, sin [n]: pairs (i, i + n), or (2i, 2i + 1) if interleaved."""
-    n = cos.size
-    for i in range(n):
+    n, eights = cos.size, 0 if interleaved else cos.size // 8 * 8
+    for i in range(0, eights, 8):
+        c, s = load_f32(cos, i), load_f32(sin, i)
+        va, vb = load_f32(x, at + i), load_f32(x, at + i + n)
+        store_f32(x, at + i, sub_f32(mul_f32(va, c), mul_f32(vb, s)))
+        store_f32(x, at + i + n, add_f32(mul_f32(vb, c), mul_f32(va, s)))
+    for i in range(eights, n):
         a, b = (at + 2 * i, at + 2 * i + 1) if interleaved else (at + i, at + i + n)
         va, vb = x[a], x[b]
         x[a] = va * cos[i] - vb * sin[i]
         x[b] = vb * cos[i] + va * sin[i]
-
-
-# --- key-value cache and attention --------------------------------------------------------------
-
-
-class AttentionShape(NamedTuple):
-    """Sizes of one layer's attention. window: how far a token sees, itself included; 0: all."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    padded_dim: int
-    context: int
-    window: int
-    scale: np.float32
-
-
-def _load_kv(array: Any, at: int) -> Any:
-    """8 values of a cache run as float32, by its dtype; exists in compiled code only."""
-    raise TypeError("call it from a kernel")
-
-
-@overload(_load_kv)
-def _load_kv_for(array, at):
-    if array.dtype == types.uint16:
-        return lambda array, at: load_f16(array, at)
-    return lambda array, at: load_f32(array, at)
-
-
-def _store_kv(array: Any, at: int, buffer: F32, i: int) -> None:
-    """8 float32 values into a cache run, by its dtype; exists in compiled code only."""
-    raise TypeError("call it from a kernel")
-
-
-@overload(_store_kv)
-def _store_kv_for(array, at, buffer, i):
-    if array.dtype == types.uint16:
-        return lambda array, at, buffer, i: store_f16(array, at, load_f32(buffer, i))
-    return lambda array, at, buffer, i: store_f32(array, at, load_f32(buffer, i))
-
-
-@inner
-def keep_heads(x, at, shape, position, buffer, cache):
-    """The kv heads x[at : at + NK * D] -> cache run [NK, context, D8] at `position`.
-
-    buffer float32 [D8]: scratch.
-    """
-    d, d8 = shape.head_dim, shape.padded_dim
-    buffer[:d8] = np.float32(0)
-    for h in range(shape.kv_heads):
-        for i in range(d):
-            buffer[i] = x[at + h * d + i]
-        to = (h * shape.context + position) * d8
-        for i in range(0, d8, 8):
-            _store_kv(cache, to + i, buffer, i)
-
-
-@inner
-def _scores(query, k, at, count, shape, scores):
-    # scores[j] = exp(q.k_j * scale - largest) for `count` keys from element `at`; returns their sum
-    d8 = shape.padded_dim
-    largest = np.float32(-np.inf)
-    for j in range(count):
-        acc = zero_f32()
-        for i in range(0, d8, 8):
-            acc = fma_f32(load_f32(query, i), _load_kv(k, at + j * d8 + i), acc)
-        scores[j] = sum_f32(acc) * shape.scale
-        largest = max(largest, scores[j])
-    for j in range(count, count + 7):
-        scores[j] = largest
-    total, shift = zero_f32(), splat_f32(largest)
-    for j in range(0, count, 8):
-        e = exp_f32(sub_f32(load_f32(scores, j), shift))
-        store_f32(scores, j, e)
-        if j + 8 <= count:
-            total = add_f32(total, e)
-    norm = sum_f32(total)
-    for j in range(count // 8 * 8, count):
-        norm += scores[j]
-    return norm
-
-
-@inner
-def attend_head(q, at, cache, shape, place, scratch, out):
-    """out [D] = softmax(q.k * scale) v for the query head q[at : at + D].
-
-    cache: (k, v); place: (kv head, position of the query); scratch float32 [D8 + context + 8]. Two
-    passes over the head's positions, oldest first.
-    """
-    d, d8 = shape.head_dim, shape.padded_dim
-    query, scores = scratch[:d8], scratch[d8:]
-    query[:] = np.float32(0)
-    for i in range(d):
-        query[i] = q[at + i]
-    k, v = cache
-    last = place[1] + 1
-    first = max(0, last - shape.window) if shape.window > 0 else 0
-    begin = (place[0] * shape.context + first) * d8
-    norm = _scores(query, k, begin, last - first, shape, scores)
-    query[:] = np.float32(0)  # now the sum of values
-    for j in range(last - first):
-        weight = splat_f32(scores[j])
-        for i in range(0, d8, 8):
-            value = _load_kv(v, begin + j * d8 + i)
-            store_f32(query, i, fma_f32(weight, value, load_f32(query, i)))
-    for i in range(d):
-        out[i] = query[i] / norm

@@ -6,11 +6,13 @@ expert id, as a stable sort of the scores would have it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 
 from moelite.arch import Router
-from moelite.jit import kernel
+from moelite.jit import inner, kernel
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -30,38 +32,56 @@ def route(router: Router, logits: F32) -> tuple[I32, F32]:
     weights = np.empty((tokens, router.top_k), np.float32)
     scores = np.empty(logits.shape[1], np.float32)
     logits = np.ascontiguousarray(logits, np.float32)
-    _route(logits, router.renormalize, np.float32(router.scale), scores, experts, weights)
+    rule = Rule(logits.shape[1], router.top_k, router.renormalize, np.float32(router.scale))
+    _route(logits.reshape(-1), rule, scores, experts.reshape(-1), weights.reshape(-1))
     return experts, weights
 
 
+class Rule(NamedTuple):
+    """What a router does with its logits: softmax over `experts`, the top_k greatest, scaled."""
+
+    experts: int
+    top_k: int
+    renormalize: bool
+    scale: np.float32
+
+
+@inner
+def route_row(logits, at, rule, scores, out):
+    """Selects the experts of logits[at : at + E]; scores [E]: scratch.
+
+    out: (selected int32, weights float32, where in both the K results go).
+    """
+    experts, weights, to = out
+    highest = logits[at]
+    for e in range(1, rule.experts):
+        highest = max(highest, logits[at + e])
+    total = np.float32(0)
+    for e in range(rule.experts):
+        scores[e] = np.exp(logits[at + e] - highest)
+        total += scores[e]
+    for e in range(rule.experts):
+        scores[e] /= total
+    chosen = np.float32(0)
+    for k in range(rule.top_k):
+        best = -1
+        for e in range(rule.experts):
+            # -1 marks the experts already chosen. Where all scores are NaN, `best < 0` takes the
+            # first that is left.
+            if scores[e] != np.float32(-1) and (best < 0 or scores[e] > scores[best]):
+                best = e
+        experts[to + k] = best
+        weights[to + k] = scores[best]
+        chosen += scores[best]
+        scores[best] = np.float32(-1)
+    divisor = chosen if rule.renormalize else np.float32(1)
+    for k in range(to, to + rule.top_k):
+        weights[k] = weights[k] / divisor * rule.scale
+
+
 @kernel
-def _route(
-    logits: F32, renormalize: bool, scale: np.float32, scores: F32, experts: I32, weights: F32
-) -> None:
-    # logits [T, E] f32, scores [E] f32 scratch -> experts [T, K] i32, weights [T, K] f32
-    num_experts = logits.shape[1]
-    for t in range(logits.shape[0]):
-        highest = logits[t, 0]
-        for e in range(1, num_experts):
-            highest = max(highest, logits[t, e])
-        total = np.float32(0)
-        for e in range(num_experts):
-            scores[e] = np.exp(logits[t, e] - highest)
-            total += scores[e]
-        for e in range(num_experts):
-            scores[e] /= total
-        chosen = np.float32(0)
-        for k in range(experts.shape[1]):
-            best = -1
-            for e in range(num_experts):
-                # -1 marks the experts already chosen. Where all scores are NaN, `best < 0` takes
-                # the first that is left.
-                if scores[e] != np.float32(-1) and (best < 0 or scores[e] > scores[best]):
-                    best = e
-            experts[t, k] = best
-            weights[t, k] = scores[best]
-            chosen += scores[best]
-            scores[best] = np.float32(-1)
-        divisor = chosen if renormalize else np.float32(1)
-        for k in range(experts.shape[1]):
-            weights[t, k] = weights[t, k] / divisor * scale
+def _route(logits: F32, rule: Rule, scores: F32, experts: I32, weights: F32) -> None:
+    # logits [T * E] f32, scores [E] f32 scratch -> experts [T * K] i32, weights [T * K] f32
+    for t in range(logits.size // rule.experts):
+        out = experts, weights, t * rule.top_k
+        route_row(logits, t * rule.experts, rule, scores, out)

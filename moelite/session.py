@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from moelite.errors import UsageError
-from moelite.kv import KVCache
 from moelite.model import Decoder
 from moelite.quant.base import F32
 
@@ -20,14 +19,14 @@ class Session:
     A model has memory for one kv: a new session takes it over, and the old one then says so.
     """
 
-    def __init__(self, decoder: Decoder, kv: KVCache, owner: Callable[[], Session | None]) -> None:
+    def __init__(self, decoder: Decoder, owner: Callable[[], Session | None]) -> None:
         self.ids: list[int] = []
-        self._decoder, self._kv, self._owner = decoder, kv, owner
+        self._decoder, self._owner = decoder, owner
 
     @property
     def context(self) -> int:
         """The most tokens this session can hold."""
-        return self._kv.context
+        return self._decoder.kv.context
 
     def append(self, ids: Sequence[int], *, progress: Progress | None = None) -> F32:
         """Appends tokens; logits [T, V] float32 after each of them.
@@ -66,7 +65,7 @@ class Session:
         for at in range(0, len(ids), chunk):
             piece = list(ids[at : at + chunk])
             each = None if use is None else lambda i, row, at=at: use(at + i, row)
-            self._decoder.forward(piece, len(self.ids), self._kv, each)
+            self._decoder.forward(piece, len(self.ids), each)
             self.ids += piece
             if progress is not None:
                 progress(at + len(piece), len(ids))

@@ -1,12 +1,8 @@
 """A small SIMD vocabulary for numba: 256-bit vectors as values inside an njit kernel.
 
 Each word is an `@intrinsic` that emits LLVM IR. Float words are plain LLVM vector operations and
-give the same bits on every CPU (`llvm.fma` rounds once everywhere). Integer dot products have one
-lowering per target, all exact, so all equal:
-
-    vnni     x86 with AVX-VNNI or AVX-512-VNNI+VL: vpdpbusd, 32 products in one instruction
-    avx2     vpmaddubsw (int16 pair sums, which saturate: see `dot_u7`) + vpmaddwd
-    plain    widening multiplies in LLVM IR, for any other CPU
+give the same bits on every CPU (`llvm.fma` rounds once everywhere). Integer dot products and table
+lookups have one lowering per target, all exact, so all equal: see moelite.lowering.
 
 The target is the host's, unless numba was told to compile for another CPU (NUMBA_CPU_NAME,
 NUMBA_CPU_FEATURES): then it follows those, which is how tests force `plain` and `avx2`.
@@ -26,6 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+from moelite import lowering
 from moelite.jit import HALF_INSTRUCTIONS, TARGET, inlined
 
 # --- vector types -------------------------------------------------------------------------------
@@ -147,46 +144,16 @@ def _bf16_to_f32(b: Any, v: Any) -> Any:
     return b.bitcast(b.shl(wide, ir.Constant(_I8, [16] * 8)), _F8)
 
 
-def _each(value: int) -> Any:
-    return ir.Constant(_I8, [value] * 8)
-
-
-def _half_to_f32(b: Any, v: Any) -> Any:
-    if HALF_INSTRUCTIONS:
-        return b.fpext(b.bitcast(v, _H8), _F8)
-    # without the instruction LLVM would call a library that is not there. The half's bits, moved to
-    # a float's place, times 2^112: right for normal and subnormal numbers.
-    wide = b.zext(v, _I8)
-    bits = b.shl(b.and_(wide, _each(0x7FFF)), _each(13))
-    finite = b.bitcast(b.fmul(b.bitcast(bits, _F8), ir.Constant(_F8, [2.0**112] * 8)), _I8)
-    special = b.icmp_unsigned(">=", bits, _each(0x7C00 << 13))
-    size = b.select(special, b.or_(bits, _each(0x7F800000)), finite)
-    return b.bitcast(b.or_(size, b.shl(b.and_(wide, _each(0x8000)), _each(16))), _F8)
-
-
-def _f32_to_half(b: Any, v: Any) -> Any:
-    if HALF_INSTRUCTIONS:
-        return b.bitcast(b.fptrunc(v, _H8), _W8)
-    raw = b.bitcast(v, _I8)
-    sign = b.lshr(b.and_(raw, _each(-0x80000000)), _each(16))
-    size = b.and_(raw, _each(0x7FFFFFFF))
-    odd = b.and_(b.lshr(size, _each(13)), _each(1))
-    normal = b.lshr(b.add(b.add(size, _each(0xFFF - (112 << 23))), odd), _each(13))
-    half = ir.Constant(_F8, [0.5] * 8)  # adding it rounds at a half's last subnormal bit, 2^-24
-    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, _F8), half), _I8), _each(0x3F000000))
-    out = b.select(b.icmp_unsigned("<", size, _each(113 << 23)), small, normal)
-    out = b.select(b.icmp_unsigned(">=", size, _each(0x477FF000)), _each(0x7C00), out)
-    out = b.select(b.icmp_unsigned(">", size, _each(0x7F800000)), _each(0x7E00), out)
-    return b.trunc(b.or_(out, sign), _W8)
-
-
 # --- float words --------------------------------------------------------------------------------
 
 load_f32 = _loader(f32x8, _F8, _same)
-load_f16 = _loader(f32x8, _W8, _half_to_f32)  # IEEE half, in a uint16 array
+load_f16 = _loader(
+    f32x8, _W8, lambda b, v: lowering.half_to_f32(b, HALF_INSTRUCTIONS, v)
+)  # IEEE half, in a uint16 array
 load_bf16 = _loader(f32x8, _W8, _bf16_to_f32)  # in a uint16 array
 store_f32 = _storer(f32x8, _F8, _same)
-store_f16 = _storer(f32x8, _W8, _f32_to_half)
+store_f16 = _storer(f32x8, _W8, lambda b, v: lowering.f32_to_half(b, HALF_INSTRUCTIONS, v))
+store_one = _storer(types.float32, ir.FloatType(), _same)  # one float, as bytes where they are
 splat_f32 = _word(f32x8, (types.float32,), lambda b, x: _splat(b, x, _F8))
 # one element of an array, 8 times. array[offset] would also ask whether the offset is negative,
 # which costs three instructions a use in the innermost loops.
@@ -210,18 +177,16 @@ round_f32 = _word(  # to the nearest integer, ties to even
 )
 
 
-def _fold(b: Any, v: Any, join: Callable[[Any, Any], Any]) -> Any:
-    for step in (4, 2, 1):
-        order = ir.Constant(ir.VectorType(_I32, 8), [(i + step) % 8 for i in range(8)])
-        v = join(v, b.shuffle_vector(v, v, order))
-    return b.extract_element(v, ir.Constant(_I32, 0))
+sum_f32 = _word(types.float32, (f32x8,), lambda b, v: lowering.fold(b, v, b.fadd))
 
 
-sum_f32 = _word(types.float32, (f32x8,), lambda b, v: _fold(b, v, b.fadd))
+sums_f32 = _word(
+    f32x8, (f32x8,) * 8, lambda b, *v: lowering.sums(b, v)
+)  # lane i: sum_f32 of the i-th, bit for bit
 largest_f32 = _word(
     types.float32,
     (f32x8,),
-    lambda b, v: _fold(b, v, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y)),
+    lambda b, v: lowering.fold(b, v, lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y)),
 )
 
 
@@ -267,7 +232,7 @@ store_f32_as_i8 = _storer(  # 8 whole floats in [-127, 127] to 8 signed bytes
     lambda b, v: b.trunc(b.fptosi(v, _I8), ir.VectorType(ir.IntType(8), 8)),
 )
 zero_i32 = _word(i32x8, (), lambda b: ir.Constant(_I8, [0] * 8))
-sum_i32 = _word(types.int32, (i32x8,), lambda b, v: _fold(b, v, b.add))
+sum_i32 = _word(types.int32, (i32x8,), lambda b, v: lowering.fold(b, v, b.add))
 f32_as_i32 = _word(i32x8, (f32x8,), lambda b, v: b.fptosi(v, _I8))
 add_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.add(x, y))
 to_f32 = _word(f32x8, (i32x8,), lambda b, x: b.sitofp(x, _F8))
@@ -291,58 +256,13 @@ load_table16 = _loader(  # a 16-byte table, in both halves
 )
 
 
-def _lookup(b: Any, table: Any, index: Any) -> Any:
-    if TARGET != "plain":
-        return _call(b, "llvm.x86.avx2.pshuf.b", _B32, [table, index])
-    out = ir.Constant(_B32, ir.Undefined)
-    for i in range(32):
-        lane = ir.Constant(_I32, i)
-        at = b.zext(b.extract_element(index, lane), _I32)
-        out = b.insert_element(out, b.extract_element(table, at), lane)
-    return out
+lookup16 = _word(
+    i8x32, (i8x32, i8x32), lambda b, *a: lowering.lookup16(b, TARGET, *a)
+)  # table[index], indices 0..15
 
 
-lookup16 = _word(i8x32, (i8x32, i8x32), _lookup)  # table[index], indices 0..15
-
-
-def _dot4(b: Any, acc: Any, x: Any, y: Any, widen_x: Any) -> Any:
-    """acc[i] + sum of the 4 products of lane i, widened to 32 bits."""
-    wide = ir.VectorType(_I32, 32)
-    product = b.mul(widen_x(x, wide), b.sext(y, wide))
-    for start in range(4):
-        lanes = ir.Constant(ir.VectorType(_I32, 8), [4 * i + start for i in range(8)])
-        acc = b.add(acc, b.shuffle_vector(product, product, lanes))
-    return acc
-
-
-def _dot_u7(b: Any, acc: Any, w: Any, x: Any) -> Any:
-    if TARGET == "vnni":
-        args = [acc, b.bitcast(w, _I8), b.bitcast(x, _I8)]
-        return _call(b, "llvm.x86.avx512.vpdpbusd.256", _I8, args)
-    if TARGET == "avx2":
-        pairs = _call(b, "llvm.x86.avx2.pmadd.ub.sw", _W16, [w, x])
-        ones = ir.Constant(_W16, [1] * 16)
-        return b.add(acc, _call(b, "llvm.x86.avx2.pmadd.wd", _I8, [pairs, ones]))
-    return _dot4(b, acc, w, x, b.zext)
-
-
-dot_u7 = _word(i32x8, (i32x8, i8x32, i8x32), _dot_u7)
-"""acc + 8 dot products of 4: w unsigned <= 127, x signed in [-127, 127].
-
-On avx2 two products are first summed in int16: 2 * 127 * 127 = 32,258 < 32,768, so it is exact.
-"""
-
-
-def _dot_i8(b: Any, acc: Any, w: Any, x: Any) -> Any:
-    if TARGET == "plain":
-        return _dot4(b, acc, w, x, b.sext)
-    zero = ir.Constant(_B32, [0] * 32)
-    size = b.select(b.icmp_signed("<", w, zero), b.neg(w), w)
-    return _dot_u7(b, acc, size, _call(b, "llvm.x86.avx2.psign.b", _B32, [x, w]))
-
-
-dot_i8 = _word(i32x8, (i32x8, i8x32, i8x32), _dot_i8)
-"""acc + 8 dot products of 4, both signed in [-127, 127]: |w| times x with w's sign."""
+dot_u7 = _word(i32x8, (i32x8, i8x32, i8x32), lambda b, *a: lowering.dot_u7(b, TARGET, *a))
+dot_i8 = _word(i32x8, (i32x8, i8x32, i8x32), lambda b, *a: lowering.dot_i8(b, TARGET, *a))
 
 
 # --- 512-bit vectors, where jit.WIDE ------------------------------------------------------------

@@ -1,42 +1,63 @@
-"""How the threads of a team work on one kernel: pieces, phases, and entering late.
+"""How the threads of a team work on one job: phases, pieces, entering late, leaving at once.
 
-A kernel is a row of phases, each a number of pieces. A thread takes the next piece of the phase it
-is in until none is left, then waits until all pieces of the phase are done, by whomever. So a phase
-waits for work, never for a thread: one that the system has put aside takes nothing and holds up
-nobody, and when it comes back it finds the phase over and moves on.
+A job is a row of phases, each a number of pieces. Every thread owns an equal run of a phase's
+pieces and takes them in order, so that it reads memory in a stream; when its own run is out it
+takes from the others'. Then it waits until all pieces of the phase are done, by whomever. So a
+phase waits for work, never for a thread: one that the system has put aside holds up the piece it
+is in, and when it comes back it finds the phase over and moves on.
 
-`sync` is int64 [SIZE], its words on cache lines of their own: word 0 the state of the job (below),
-then for each phase the next piece and the pieces done.
-
-State: job number * 2^20 + threads inside. Odd job numbers are open, even ones closed. A helper
-counts itself in, and leaves again at once if the job it came for is no longer the one that is open.
+`sync` is int64 [sync_size(team, phases)], every word on a cache line of its own: line 0 the number
+of the job that is open, or 0; then RING slots. Job n lives in slot n % RING: line 0 of a slot
+counts the threads inside, then come for each phase a line of pieces done and, for each thread, a
+line of pieces taken from its run. A job is over when its last piece is done; who still is inside
+finds nothing to take. Only its slot has to wait for him before it is used again, RING jobs later:
+so nobody waits for a thread to wake up just to leave.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from moelite.jit import inlined, kernel
+from moelite.jit import inlined, inner
 
-PHASES = 12
+RING = 8
 _LINE = 8  # int64 words of a cache line
-SIZE = (1 + 2 * PHASES) * _LINE
-JOB = 1 << 20
 _SPINS = 2000  # about 20 microseconds of polling before the core is offered to others
 
 _I64 = ir.IntType(64)
+_ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
 _X86 = binding.get_process_triple().startswith(("x86_64", "i386", "i686"))
 _YIELD = binding.address_of_symbol("sched_yield") is not None
 
 
+class Crew(NamedTuple):
+    """One thread in an open job: number tid of `team`; the job's slot begins at sync[slot]."""
+
+    sync: npt.NDArray[np.int64]
+    slot: int
+    team: int
+    tid: int
+
+
+def slot_words(team: int, phases: int) -> int:
+    """int64 words of one slot for jobs of up to `phases` phases."""
+    return (1 + phases * (team + 1)) * _LINE
+
+
+def sync_size(team: int, phases: int) -> int:
+    """int64 words of `sync`."""
+    return _LINE + RING * slot_words(team, phases)
+
+
 def _add_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     array = context.make_array(signature.args[0])(context, builder, args[0])
-    return builder.atomic_rmw("add", builder.gep(array.data, [args[1]]), args[2], "acq_rel")
+    return builder.atomic_rmw("add", builder.gep(array.data, [args[1]]), args[2], "seq_cst")
 
 
 def _add(typingctx, array, index, step):
@@ -45,6 +66,19 @@ def _add(typingctx, array, index, step):
 
 # add(array, index, step): atomically array[index] += step; returns what was there before
 add: Any = intrinsic(_add)
+
+
+def _write_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    builder.store_atomic(args[2], builder.gep(array.data, [args[1]]), "seq_cst", 8)
+    return context.get_dummy_value()
+
+
+def _write(typingctx, array, index, value):
+    return types.void(array, types.int64, types.int64), _write_codegen
+
+
+write: Any = intrinsic(_write)  # array[index] = value, after all that was written before it
 
 
 def _read_codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -70,6 +104,8 @@ def _pause(typingctx):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _X86:
             _call_void(builder, "llvm.x86.sse2.pause", ir.VoidType())
+        elif _ARM:  # `isb` waits about as long as pause; `yield` does nothing on most cores
+            builder.asm(ir.FunctionType(ir.VoidType(), []), "isb", "", [], True)
         return context.get_dummy_value()
 
     return types.void(), codegen
@@ -89,22 +125,39 @@ yield_core: Any = intrinsic(_yield_core)  # lets another thread have the core
 
 
 @inlined
-def take(sync, phase):
-    """The next piece of a phase; past the last one when none is left."""
-    return add(sync, (1 + 2 * phase) * _LINE, 1)
+def own(crew, pieces, tid):
+    """(first, last + 1) of the run of pieces that thread `tid` takes first."""
+    return (
+        (pieces * tid + crew.team - 1) // crew.team,
+        (pieces * (tid + 1) + crew.team - 1) // crew.team,
+    )
 
 
-@inlined
-def done(sync, phase):
-    """One taken piece of a phase is finished, its results written."""
-    add(sync, (2 + 2 * phase) * _LINE, 1)
+@inner
+def take(crew, phase, pieces):
+    """The next piece of a phase; `pieces` when none is left."""
+    line = crew.slot + (1 + phase * (crew.team + 1)) * _LINE
+    who = crew.tid
+    for _ in range(crew.team):
+        first, last = own(crew, pieces, who)
+        at = line + (1 + who) * _LINE
+        # asked first: an add on another's line takes the line from him
+        if read(crew.sync, at) < last - first:
+            n = add(crew.sync, at, 1)
+            if n < last - first:
+                return first + n
+        who = who + 1 if who + 1 < crew.team else 0
+    return np.int64(pieces)
 
 
-@inlined
-def wait(sync, phase, pieces):
-    """Returns when all pieces of a phase are done."""
+@inner
+def finish(crew, phase, mine, pieces):
+    """Reports `mine` pieces as done, their results written; returns when all are."""
+    at = crew.slot + (1 + phase * (crew.team + 1)) * _LINE
+    if mine:
+        add(crew.sync, at, mine)
     spins = 0
-    while read(sync, (2 + 2 * phase) * _LINE) < pieces:
+    while read(crew.sync, at) < pieces:
         spins += 1
         if spins < _SPINS:
             pause()
@@ -112,49 +165,72 @@ def wait(sync, phase, pieces):
             yield_core()
 
 
-@kernel
-def open_job(sync):
-    """Readies `sync` for a new job and opens it; returns its number, which is odd."""
-    for phase in range(PHASES):
-        sync[(1 + 2 * phase) * _LINE] = 0
-        sync[(2 + 2 * phase) * _LINE] = 0
-    return add(sync, 0, JOB) // JOB + 1
+@inlined
+def slot_of(sync, number):
+    """Where the slot of job `number` begins."""
+    return _LINE + number % RING * ((sync.size - _LINE) // RING)
 
 
-@kernel
+@inner
+def open_job(sync, team, number, phases):
+    """Readies the slot of job `number` for `phases` phases, and opens it if there are helpers.
+
+    Nobody may be inside the slot: see `Team.run`.
+    """
+    slot = slot_of(sync, number)
+    sync[slot + 1] = 0
+    for i in range(phases * (team + 1)):
+        sync[slot + (1 + i) * _LINE] = 0
+    if team > 1:
+        write(sync, 0, number)
+    return slot
+
+
+@inlined
+def stop_job(crew, phase):
+    """Says that the job ends with this phase, from within it; to be asked after it, by `stopped`.
+
+    Kept in the slot: a thread that comes back late must see what was said in its own job. With the
+    phase: a thread that was put aside may be phases behind the one that stops.
+    """
+    crew.sync[crew.slot + 1] = phase + 1
+
+
+@inlined
+def stopped(crew, phase):
+    """Whether the job ended with `phase`, which is over."""
+    return crew.sync[crew.slot + 1] == phase + 1
+
+
+@inlined
 def close_job(sync):
-    """Closes the open job and returns when no helper is inside."""
-    add(sync, 0, JOB)
-    spins = 0
-    while read(sync, 0) % JOB:
-        spins += 1
-        if spins < _SPINS:
-            pause()
-        else:
-            yield_core()
+    """Closes the open job: nobody enters it any more."""
+    write(sync, 0, 0)
 
 
-@kernel
+@inner
 def await_job(sync, last, spins):
     """The number of an open job other than `last`, or 0 if none was opened while polling."""
     for _ in range(spins):
-        job = read(sync, 0) // JOB
-        if job % 2 == 1 and job != last:
+        job = read(sync, 0)
+        if job and job != last:
             return job
         pause()
     return np.int64(0)
 
 
-@kernel
-def enter(sync, job):
-    """Counts the caller into a job, if it is the open one; False if it came too late."""
-    if add(sync, 0, 1) // JOB == job:
+@inner
+def enter(sync, number):
+    """Counts the caller into a job, if it still is the open one."""
+    slot = slot_of(sync, number)
+    add(sync, slot, 1)
+    if read(sync, 0) == number:
         return True
-    add(sync, 0, -1)
+    add(sync, slot, -1)
     return False
 
 
-@kernel
-def leave(sync):
-    """Counts the caller out."""
-    add(sync, 0, -1)
+@inlined
+def leave(sync, slot):
+    """Counts the caller out of the job in a slot."""
+    add(sync, slot, -1)

@@ -1,20 +1,23 @@
-"""A team of threads that run one kernel together: see moelite.sync for how they share it."""
+"""A team of threads that run jobs together: see moelite.sync for how they share one."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import psutil
 
-from moelite import sync
+from moelite.step import JOB_WORDS, work
+from moelite.sync import RING, slot_of, sync_size
 
-# Between two kernels of a step the caller spends 20 to 60 microseconds in Python. A helper polls
-# for about twice that before it sleeps: waking a sleeping thread takes 20 to 100.
-_POLLS = 4000
+# Between two jobs the caller spends 10 to 60 microseconds in Python, between two tokens up to some
+# hundred. A helper polls for about that long before it sleeps: waking a sleeping thread takes 20 to
+# 100, and it needs the interpreter for it.
+_POLLS = 10_000
 
 
 def default_threads() -> int:
@@ -35,42 +38,43 @@ class _Helper:
 
 
 class Team:
-    """`size` threads, the caller included. Use from one thread at a time; close when done."""
+    """`size` threads, the caller included. Use from one thread at a time; close when done.
 
-    def __init__(self, size: int) -> None:
+    phases: the most that a job has.
+    """
+
+    def __init__(self, size: int, phases: int) -> None:
         self.size = size
-        self._sync = np.zeros(sync.SIZE, np.int64)
-        self._number = -1  # of the job that is or was open last: 1, 3, 5, ...
-        self._job: tuple[int, Callable[..., Any], tuple[Any, ...]] | None = None
-        self._error: BaseException | None = None
+        self._sync = np.zeros(sync_size(size, phases), np.int64)
+        self._jobs = np.zeros(RING * JOB_WORDS, np.int64)
+        # what a job's words point to, until its slot is used again: a helper may be late
+        self._kept: list[Any] = [None] * RING
+        self._number = 0
         self._closing = False
         self._helpers = [_Helper() for _ in range(size - 1)]
         for tid, helper in enumerate(self._helpers, 1):
             threading.Thread(target=self._help, args=(tid, helper), daemon=True).start()
 
-    def run(self, function: Callable[..., Any], *args: Any, alone: bool = False) -> None:
-        """function(tid, sync, *args) on every thread, or the caller alone.
+    def run(
+        self, words: Sequence[int], phases: int, keep: Any = None, *, alone: bool = False
+    ) -> None:
+        """Runs a job (see moelite.step) of up to `phases` phases on every thread.
 
-        Returns when the caller's share is done, which is when all pieces of the last phase are.
+        keep: owns the arrays that the words name, if nothing else does for as long as the team.
+        alone: on the caller's thread only. Returns when all pieces of the job are done.
         """
-        self._number += 2
-        if not alone and self._helpers:
-            # before it opens: a helper that sees a number open must find what it stands for
-            self._job = (self._number, function, args)
-        sync.open_job(self._sync)
-        if self._job is not None:
-            for helper in self._helpers:
-                if helper.asleep:
-                    helper.asleep = False
-                    helper.bell.put(True)
-        try:
-            function(0, self._sync, *args)
-        finally:
-            sync.close_job(self._sync)
-            self._job = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        self._number += 1
+        row = self._number % RING
+        while self._sync[slot_of(self._sync, self._number)]:
+            time.sleep(0)  # a helper was put aside in the job RING before this one
+        self._jobs[row * JOB_WORDS : row * JOB_WORDS + len(words)] = words
+        self._kept[row] = keep
+        team = 1 if alone else self.size
+        for helper in self._helpers[: team - 1]:
+            if helper.asleep:
+                helper.asleep = False
+                helper.bell.put(True)
+        work(0, team, self._sync, self._jobs, self._number, phases, 0)
 
     def close(self) -> None:
         """Ends the helpers."""
@@ -81,21 +85,13 @@ class Team:
     def _help(self, tid: int, helper: _Helper) -> None:
         last = 0
         while not self._closing:
-            found = sync.await_job(self._sync, last, _POLLS)
-            if not found:
-                helper.asleep = True
-                # a job opened just now rang no bell here; one opened from here on does
-                if sync.await_job(self._sync, last, 1) == 0 and not helper.bell.get():
-                    return
-                helper.asleep = False
+            seen = work(tid, self.size, self._sync, self._jobs, last, 0, _POLLS)
+            if seen != last:
+                last = seen
                 continue
-            last = found
-            job = self._job
-            if job is None or job[0] != found or not sync.enter(self._sync, found):
-                continue
-            try:
-                job[1](tid, self._sync, *job[2])
-            except BaseException as error:  # noqa: BLE001  handed to the caller, never lost
-                self._error = error
-            finally:
-                sync.leave(self._sync)
+            helper.asleep = True
+            # a job opened just now rang no bell here; one opened from here on does
+            idle = work(tid, self.size, self._sync, self._jobs, last, 0, 1) == last
+            if idle and not helper.bell.get():
+                return
+            helper.asleep = False

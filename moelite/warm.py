@@ -8,59 +8,34 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 
-from moelite import jit
-from moelite.arch import Arch, Linear, Norm, TensorRef
-from moelite.cache import ExpertCache, allocate_arena
+from moelite import jit, ops, step
+from moelite.arch import Linear, Router, TensorRef
+from moelite.dispatch import matrix_of
 from moelite.errors import BudgetError, MoeliteError
-from moelite.kv import KVCache, KVFormat
 from moelite.machine import memory
-from moelite.model import Decoder
-from moelite.models import build
 from moelite.quant import FORMATS
-from moelite.quant.base import U8, record_layout
-from moelite.threads import Team
+from moelite.routing import route
+from moelite.sync import RING, sync_size
 from moelite.units import MIB, show_bytes
-from moelite.workspace import Workspace
 
 COMPILE_BYTES = 512 * MIB  # this process waiting (98 MiB) and the child at its peak (384), measured
 
-# One layer with every optional part: biases, qk norm, shared expert and its gate.
-_CONFIG: Mapping[str, Any] = {
-    "model_type": "qwen2_moe",
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "num_experts": 2,
-    "num_experts_per_tok": 1,
-    "norm_topk_prob": False,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-    "tie_word_embeddings": True,
-}
 
+def ensure(formats: Iterable[str], on_compile: Callable[[str], None] | None = None) -> None:
+    """Returns once the kernels, and those of `formats`, are in the cache.
 
-def ensure(kv: KVFormat, on_compile: Callable[[str], None] | None = None) -> None:
-    """Returns once kernels for a kv format are in the cache; a child process makes them if need be.
-
-    This happens once for a version of moelite on a CPU, before a model takes any memory, and is not
-    bounded by the model's budget. Raises BudgetError if the machine has not enough free for it.
+    What is missing is compiled by child processes side by side. This happens once for a version of
+    moelite on a CPU, before a model takes any memory, and is not bounded by the model's budget.
+    Raises BudgetError if the machine has not enough free for it.
     """
-    mark = jit.CACHE_FOLDER / f"complete-{kv}"
-    if mark.exists() or not jit.ours():
+    parts = ["step", "attention", "feed", *sorted({"f32", *formats})]
+    missing = [part for part in parts if not _mark(part).exists()]
+    if not missing or not jit.ours():
         return
     free = memory().available_bytes
     if free < COMPILE_BYTES:
@@ -72,89 +47,69 @@ def ensure(kv: KVFormat, on_compile: Callable[[str], None] | None = None) -> Non
     if on_compile is not None:
         takes = show_bytes(COMPILE_BYTES)
         on_compile(f"compiling kernels for this CPU (once: half a minute, {takes})")
-    command = [sys.executable, "-c", f"from moelite import warm; warm.compile_all({kv!r})"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MoeliteError(
-            f"the kernels could not be compiled: {done.stderr.strip().splitlines()[-1:]}",
-            fix=f"see that {jit.CACHE_FOLDER} can be written and about 600 MiB of memory are free",
-        )
+    children = [_start(group) for group in _halves(missing)]
+    for group, child in children:
+        said = child.communicate()[1]
+        if child.returncode:
+            for _, other in children:
+                other.kill()
+            raise MoeliteError(
+                f"the kernels could not be compiled: {said.strip().splitlines()[-1:]}",
+                fix=f"see that {jit.CACHE_FOLDER} can be written and that "
+                f"{show_bytes(COMPILE_BYTES)} of memory are free",
+            )
+        for part in group:
+            _set_mark(part)
+
+
+# What there is to compile besides formats, and the seconds it took, to divide it among two children
+_SECONDS = {"step": 12, "attention": 10, "feed": 6, "int4": 7, "int8": 7, "f32": 4, "bf16": 4}
+
+
+def _halves(parts: list[str]) -> list[list[str]]:
+    halves: list[list[str]] = [[], []]
+    for part in sorted(parts, key=lambda part: -_SECONDS.get(part, 6)):
+        min(halves, key=lambda half: sum(_SECONDS.get(p, 6) for p in half)).append(part)
+    return [half for half in halves if half]
+
+
+def _mark(part: str) -> Path:
+    return jit.CACHE_FOLDER / f"complete-{part}"
+
+
+def _set_mark(part: str) -> None:
     try:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        _mark(part).parent.mkdir(parents=True, exist_ok=True)
+        _mark(part).touch()
     except OSError:
         pass  # an unwritable cache folder: kernels are then compiled in every process
 
 
-class _Random:
-    """Random dense weights in one format."""
-
-    def __init__(self, arch: Arch, fmt: str) -> None:
-        self._fmt = fmt
-        self._weights: dict[str, tuple[str, U8]] = {}
-        rng = np.random.default_rng(0)
-        for name, shape, kind in _tensors(arch):
-            weight = rng.normal(size=shape).astype(np.float32)
-            if len(shape) == 1:
-                self._weights[name] = ("f32", weight.view(np.uint8))
-            else:
-                kept = kind or fmt
-                self._weights[name] = (kept, FORMATS[kept].pack(weight))
-
-    def format_of(self, key: str) -> str:
-        return self._weights[key][0]
-
-    def read(self, key: str) -> U8:
-        return self._weights[key][1]
-
-
-def _tensors(arch: Arch) -> list[tuple[str, tuple[int, ...], str]]:
-    # (key, shape, forced format) of every dense tensor, found by walking the architecture
-    out: list[tuple[str, tuple[int, ...], str]] = [
-        (arch.embed.key, (arch.vocab_size, arch.hidden_size), "")
-    ]
-
-    def walk(part: Any, forced: str = "") -> None:
-        if isinstance(part, Linear):
-            out.append((part.weight.key, (part.rows, part.cols), forced))
-            if part.bias is not None:
-                out.append((part.bias.key, (part.rows,), ""))
-        elif isinstance(part, Norm):
-            out.extend((r.key, (part.size,), "") for r in (part.weight, part.bias) if r is not None)
-        elif hasattr(part, "__slots__") and not isinstance(part, TensorRef):
-            for field in part.__slots__:
-                if field != "experts":
-                    walk(getattr(part, field), "f32" if field == "router" else forced)
-
-    for layer in arch.layers:
-        walk(layer)
-    walk(arch.norm)
-    return out
-
-
-def compile_all(kv: KVFormat) -> None:
-    """Runs a tiny model through every kernel."""
-    arch = build(_CONFIG)
-    layout = record_layout(FORMATS["int4"], arch.hidden_size, 32)
-    arena = allocate_arena(3, layout.record_bytes)
-    experts = ExpertCache(
-        arena=arena,
-        record_bytes=layout.record_bytes,
-        quotas={0: 2},
-        read=lambda key, out: None,
-        readers=1,
+def _start(parts: list[str]) -> tuple[list[str], subprocess.Popen[str]]:
+    command = [sys.executable, "-c", f"from moelite import warm; warm.compile_parts({parts!r})"]
+    return parts, subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    team = Team(1)
-    decoder = Decoder(
-        arch,
-        _Random(arch, "int8"),
-        experts,
-        layout,
-        work=Workspace(arch, 4, 1, 32),
-        context=32,
-        team=team,
-    )
-    decoder.forward([1, 2, 3], 0, KVCache(arch, 32, kv))
-    decoder.logits(2)
-    experts.close()
-    team.close()
+
+
+def compile_parts(parts: Iterable[str]) -> None:
+    """Compiles formats, by name, and what all models share: "step", "attention", "feed"."""
+    for part in parts:
+        if part == "step":
+            _compile_step()
+        elif part not in FORMATS:
+            step.part_address(part)
+        else:
+            matrix_of(part, np.zeros(64, np.uint8), 0, 8, 32)
+
+
+def _compile_step() -> None:
+    # every kernel that does not belong to a format, run once; the job does nothing
+    freq = np.ones(1, np.float32)
+    ops.rope_table(freq, 1.0, 0, np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32))
+    router = Router(linear=Linear(weight=TensorRef(name="none"), rows=2, cols=1), top_k=1)
+    route(router, np.zeros((1, 2), np.float32))
+    step.clock()
+    sync = np.zeros(sync_size(1, 1), np.int64)
+    jobs = np.zeros(RING * step.JOB_WORDS, np.int64)
+    step.work(1, 1, sync, jobs, 0, 0, 0)  # a helper that looks once and finds no job

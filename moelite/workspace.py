@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.arch import Arch, GatedMLP, MoE
+from moelite.attention import scratch_floats
 from moelite.dispatch import act_bytes, new_act
-from moelite.kernels import LayerBuffers
+from moelite.program import LayerBuffers
 from moelite.quant.base import F32, Act, pad
 
 
@@ -33,8 +34,14 @@ def _widths(arch: Arch) -> tuple[int, int, int, int]:
     return q, k, experts, max((m.router.top_k for m in moes), default=0)
 
 
-def workspace_bytes(arch: Arch, chunk: int, threads: int, context: int) -> int:
-    """Exact bytes of `Workspace(arch, chunk, threads, context)`."""
+def _scratch(arch: Arch) -> int:
+    """float32 that attention needs for each thread."""
+    attentions = [layer.attention for layer in arch.layers]
+    return max(scratch_floats(a.num_heads, a.num_kv_heads, a.head_dim) for a in attentions)
+
+
+def workspace_bytes(arch: Arch, chunk: int, threads: int) -> int:
+    """Exact bytes of `Workspace(arch, chunk, threads)`."""
     hidden = pad(arch.hidden_size, 8)
     q, k, experts, top_k = _widths(arch)
     rows = hidden * (2 + top_k) + q + 2 * k + experts + 9
@@ -43,8 +50,8 @@ def workspace_bytes(arch: Arch, chunk: int, threads: int, context: int) -> int:
         total += act_bytes(chunk, cols, quantized=True)
     for count, inner in _mlp_shapes(arch, chunk):
         total += act_bytes(count, inner, quantized=True) + 4 * count * pad(inner, 32)
-    d8 = max(pad(a.attention.head_dim, 8) for a in arch.layers)
-    return total + 4 * threads * (context + 8 + d8)
+    routes = 8 * len(arch.layers) * top_k + 4 * experts + 16 * top_k + 8 * max(top_k, 1) + 32
+    return total + 4 * threads * _scratch(arch) + routes
 
 
 class Workspace:
@@ -53,9 +60,12 @@ class Workspace:
     x [T, H8] residual; normed: Act of H; q, k, v [T, ...]; attended[N * D]: Act; y [T, H8];
     router_logits [T, E8]; ones [T, 1]; parts [T * K, H8] expert outputs by token and rank;
     hidden[(rows, inner)]: Act, up[(rows, inner)]: float32, of each feed-forward part.
+    start [1] int64: 0. span [2] int64: 0 and the number of tokens in work. selected, weights
+    [layers, K]: one token's experts; expert_base, expert_first, expert_target, zeros [K]: their
+    job; router_scores [E].
     """
 
-    def __init__(self, arch: Arch, chunk: int, threads: int, context: int) -> None:
+    def __init__(self, arch: Arch, chunk: int, threads: int) -> None:
         self.chunk = chunk
         hidden = pad(arch.hidden_size, 8)
         q, k, experts, top_k = _widths(arch)
@@ -78,8 +88,16 @@ class Workspace:
         for count, inner in _mlp_shapes(arch, chunk):
             self.hidden[count, inner] = new_act(count, inner, quantized=True)
             self.up[count, inner] = np.zeros(count * pad(inner, 32), np.float32)
-        d8 = max(pad(layer.attention.head_dim, 8) for layer in arch.layers)
-        self.scores = np.zeros((threads, context + 8 + d8), np.float32)
+        self.scratch = np.zeros((threads, _scratch(arch)), np.float32)
+        self.start = np.zeros(1, np.int64)
+        self.span = np.array([0, 1])
+        self.selected = np.zeros((len(arch.layers), top_k), np.int32)
+        self.weights = np.zeros((len(arch.layers), top_k), np.float32)
+        self.router_scores = np.zeros(experts, np.float32)
+        self.expert_base = np.zeros(max(top_k, 1), np.int64)
+        self.expert_first = np.zeros(top_k + 1, np.int64)
+        self.expert_target = np.zeros(top_k, np.int32)
+        self.zeros = np.zeros(top_k, np.int32)
         # positions 0..n: the source, target and place of rows that stay where they are
         self.rows = np.arange(max(chunk * max(top_k, 1), 1), dtype=np.int32)
 
@@ -98,7 +116,8 @@ class Workspace:
             self.attended[attended],
             self.router_logits.reshape(-1),
             self.router_logits.shape[1],
-            self.scores,
+            self.scratch.reshape(-1),
+            self.scratch.shape[1],
             self.rows,
         )
 

@@ -52,13 +52,19 @@ class Act(NamedTuple):
 
 
 class Matrix(NamedTuple):
-    """A packed [rows, cols] matrix whose bytes begin at packed[base]; fmt is its format's code."""
+    """A packed [rows, cols] matrix whose bytes begin at packed[base].
 
-    fmt: int
+    product, row: addresses of its format's compiled code, see moelite.dispatch. tile_bytes: what 8
+    rows take, from one tile's codes to the next's.
+    """
+
+    product: int
+    row: int
     packed: U8
     base: int
     rows: int
     cols: int
+    tile_bytes: int
 
 
 class Job(NamedTuple):
@@ -80,15 +86,19 @@ class QuantFormat(Protocol):
     """One layout of a matrix. Matrices are [O, I]: O output rows of I inputs."""
 
     name: str
-    code: int  # the number by which kernels know the format
     planes: int  # how many int8 planes of the activations its kernel reads; 0: Act.x instead
 
-    # njit (matrix, act, job, start, stop): multiplies rows start..stop (start a multiple of
+    # njit (matrix, act, job, start, stop, follow): multiplies rows start..stop (start a multiple of
     # TILE_ROWS) of a Matrix by the job's activations. A token's result does not depend on which
-    # other tokens or rows are computed with it.
+    # other tokens or rows are computed with it. follow: the address of what the thread reads next,
+    # to be prefetched while the last rows are multiplied.
     multiply: Any
     # njit (matrix, row, out): one row as float32 to out[:cols]
     row: Any
+
+    def tile_bytes(self, cols: int) -> int:
+        """Bytes from the codes of one tile of TILE_ROWS rows to those of the next."""
+        ...
 
     def nbytes(self, rows: int, cols: int) -> int:
         """Exact size of a packed [rows, cols] matrix, scales and padding included."""

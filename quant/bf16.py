@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.jit import inner
-from moelite.quant.base import F32, U8, check_packed, check_weight, pack_whole
+from moelite.quant.base import F32, TILE_ROWS, U8, check_packed, check_weight, pack_whole
 from moelite.quant.floats import make_multiply
 from moelite.simd import (
     load_bf16,
@@ -29,10 +29,12 @@ def row(matrix, r, out):
 
 class BFloat16:
     name = "bf16"
-    code = 1
     planes = 0
     multiply = staticmethod(multiply)
     row = staticmethod(row)
+
+    def tile_bytes(self, cols: int) -> int:
+        return TILE_ROWS * cols * 2
 
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * 2

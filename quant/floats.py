@@ -21,7 +21,7 @@ def make_multiply(load: Any, size: int, name: str) -> Any:
 
     def tokens4(matrix, act, job, p, rows, tail):
         # positions p .. p + 3 times every row of `rows`, a weight being loaded once for all four
-        _, packed, base, _, cols = matrix
+        packed, base, cols = matrix.packed, matrix.base, matrix.cols
         src, dst, out, width, x = job.source, job.target, job.out, job.width, act.x
         o0, o1 = src[p] * act.width, src[p + 1] * act.width
         o2, o3 = src[p + 2] * act.width, src[p + 3] * act.width
@@ -35,7 +35,7 @@ def make_multiply(load: Any, size: int, name: str) -> Any:
 
     def token1(matrix, act, job, p, rows, tail):
         # position p times every row of `rows`, four rows at once to keep four sums in flight
-        _, packed, base, _, cols = matrix
+        packed, base, cols = matrix.packed, matrix.base, matrix.cols
         step, r, stop, x = cols * size, rows[0], rows[1], act.x
         off, to, out = job.source[p] * act.width, job.target[p] * job.width, job.out
         while r < stop:
@@ -52,7 +52,8 @@ def make_multiply(load: Any, size: int, name: str) -> Any:
 
     tokens4, token1 = inner(tokens4, name), inner(token1, name)
 
-    def multiply(matrix, act, job, start, stop):
+    def multiply(matrix, act, job, start, stop, follow):
+        # `follow` is left to the processor: rows are long runs, and compute is not what bounds them
         tail = np.zeros(32, np.uint8)
         p = job.first
         while p < job.last:

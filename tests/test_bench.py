@@ -36,6 +36,7 @@ class SlowModel:
         self.context = 256
         self.fed: list[list[list[int]]] = []
         self.counted = CacheStats()
+        self.seconds = {"experts": 0.0, "head": 0.0}
 
     def session(self) -> SlowModel:
         self.fed.append([])
@@ -44,7 +45,10 @@ class SlowModel:
     def advance(self, ids: Sequence[int]) -> np.ndarray:
         self.fed[-1].append(list(ids))
         later = 0.01 * (len(self.fed) - 2)
-        SlowModel.now += PREFILL_S + later if len(ids) > 1 else DECODE_S
+        passed = PREFILL_S + later if len(ids) > 1 else DECODE_S
+        SlowModel.now += passed
+        self.seconds["experts"] += 0.5 * passed
+        self.seconds["head"] += 0.125 * passed
         c = self.counted
         self.counted = CacheStats(
             hits=c.hits + 3 * len(ids),
@@ -57,6 +61,9 @@ class SlowModel:
     def stats(self) -> CacheStats:
         return self.counted
 
+    def part_seconds(self) -> dict[str, float]:
+        return dict(self.seconds)
+
 
 def test_speeds_are_tokens_over_time() -> None:
     report = bench(SlowModel(), prompt=30, gen=11, repeat=3)
@@ -64,6 +71,18 @@ def test_speeds_are_tokens_over_time() -> None:
     assert [run.ttft_s for run in report.runs] == pytest.approx([0.03, 0.04, 0.05])
     assert report.runs[0].prefill_tok_s == pytest.approx(30 / 0.03)
     assert report.decode_tok_s == pytest.approx(1 / DECODE_S)
+
+
+def test_parts_and_the_rest_make_up_a_token() -> None:
+    class Resident(SlowModel):
+        def stats(self) -> CacheStats:
+            return CacheStats()
+
+    report = bench(Resident(), prompt=30, gen=11, repeat=3)
+    decode = {"experts": 2.5, "head": 0.625, "read wait": 0, "interpreter": 1.875}
+    assert report.decode_ms == pytest.approx(decode)
+    assert sum(report.prefill_ms.values()) == pytest.approx(1e3 * 0.04 / 30)
+    assert report.runs[0].prefill_ms["experts"] == pytest.approx(0.5)
 
 
 def test_the_medians_are_of_the_runs() -> None:

@@ -69,6 +69,9 @@ class FakeModel:
     def truncate(self, length: int) -> None:
         pass
 
+    def part_seconds(self) -> dict[str, float]:
+        return {"experts": 0.0}
+
     def stats(self) -> CacheStats:
         return CacheStats(hits=3, misses=1, bytes_read=8192)
 
@@ -195,6 +198,7 @@ def test_bench_json_holds_what_scripts_rely_on(world) -> None:
     assert set(found["experts"]) >= {"hits", "misses", "bytes_read", "wait_s"}
     assert found["expert_bpw"] == 8.0
     assert found["threads"] == 2
+    assert set(found["decode_ms"]) == {"experts", "read wait", "interpreter"}
 
 
 def test_bench_prints_every_run_and_the_median(world) -> None:

@@ -16,7 +16,10 @@ from moelite.budget import RUNTIME_BYTES, Footprint, dense_bytes, quotas
 from moelite.cache import replay
 from moelite.engine import Model
 from moelite.errors import BudgetError, CheckpointError, StoreError, UsageError
+from moelite.jit import kernel
 from moelite.kv import KVCache, kv_bytes
+from moelite.step import JOB_WORDS, LAYER_PHASES, _run
+from moelite.sync import RING, Crew, close_job, open_job, slot_of, sync_size
 from moelite.units import parse_bytes
 from moelite.workspace import Workspace, workspace_bytes
 
@@ -77,13 +80,12 @@ def test_counters_equal_an_offline_replay(store: Path) -> None:
     for budget in budgets(store)[2:5]:
         with moelite.load(store, ram=budget, context=64) as model:
             trace: list[tuple[int, list[int]]] = []
-            inner = model.experts.batches
 
-            def record(layer, experts, trace=trace, inner=inner):
-                trace.append((layer, list(experts)))
-                return inner(layer, experts)
+            def record(layer, selected, trace=trace):
+                order = selected[0] if len(selected) == 1 else np.unique(selected)
+                trace.append((layer, order.tolist()))
 
-            model.experts.batches = record  # type: ignore[method-assign]
+            model.on_route = record
             session = model.session()
             session.append(IDS[:9])
             for i in IDS[9:]:
@@ -92,6 +94,69 @@ def test_counters_equal_an_offline_replay(store: Path) -> None:
         assert replay(trace, share) == (stats.hits, stats.misses)
         assert stats.hits > 0
         assert stats.misses > 0
+
+
+@kernel
+def _come_late(state, jobs, number):
+    # what a helper does that entered job `number` and was put aside until now
+    row = number % RING * JOB_WORDS
+    _run(Crew(state, slot_of(state, number), 2, 1), jobs[row : row + JOB_WORDS])
+
+
+def test_a_helper_that_wakes_after_its_job_changes_no_bit(store: Path, monkeypatch) -> None:
+    """After every job a helper wakes in each of the jobs before it, as long as slots are kept."""
+    with moelite.load(store, ram="1GiB", context=64, threads=1) as model:
+        want = model.forward(IDS)
+    with moelite.load(store, ram=least(store).minimum_bytes, context=64, threads=1) as model:
+        model._decoder._alone_tokens = 0  # a tiny model would not use its helpers
+        team, inner = model.team, model.team.run
+        team.size, team._sync = 2, np.zeros(sync_size(2, 5 * LAYER_PHASES), np.int64)
+
+        def run(*args, **options):
+            inner(*args, **options)
+            for number in range(max(1, team._number - RING + 2), team._number + 1):
+                _come_late(team._sync, team._jobs, number)
+
+        monkeypatch.setattr(team, "run", run)
+        team._helpers = []
+        session = model.session()
+        got = [session.append(IDS[:7]), *(session.append([i]) for i in IDS[7:])]
+        np.testing.assert_array_equal(np.concatenate(got), want)
+
+
+@kernel
+def _helper_first(state, jobs, number, phases):
+    # a helper does the whole job while the caller is put aside before its first piece
+    slot, row = open_job(state, 2, number, phases), number % RING * JOB_WORDS
+    words = jobs[row : row + JOB_WORDS]
+    _run(Crew(state, slot, 2, 1), words)
+    _run(Crew(state, slot, 2, 0), words)
+    close_job(state)
+
+
+def test_a_helper_that_is_layers_ahead_changes_no_bit(store: Path, monkeypatch) -> None:
+    """The caller finds every phase over, and must stop at the layer where the helper stopped."""
+    with moelite.load(store, ram="1GiB", context=64, threads=1) as model:
+        want = model.forward(IDS)
+    most = moelite.footprint(store, ram="1GiB", context=64)
+    some = most.minimum_bytes + most.experts_total // 2 * most.record_bytes  # layers hit and miss
+    with moelite.load(store, ram=some, context=64, threads=2) as model:
+        model._decoder._alone_tokens = 0  # a tiny model would not use its helpers
+        team = model.team
+        state = np.zeros(sync_size(2, 5 * LAYER_PHASES), np.int64)
+
+        def run(words, phases, keep=None, *, alone=False):
+            team._number += 1
+            row = team._number % RING * JOB_WORDS
+            team._jobs[row : row + len(words)] = words
+            _helper_first(state, team._jobs, team._number, phases)
+
+        monkeypatch.setattr(team, "run", run)
+        session = model.session()
+        got = [session.append(IDS[:7]), *(session.append([i]) for i in IDS[7:])]
+        np.testing.assert_array_equal(np.concatenate(got), want)
+        assert 0 < model.stats().hits
+        assert 0 < model.stats().misses
 
 
 def test_buffers_have_the_promised_size(store: Path) -> None:
@@ -104,9 +169,9 @@ def test_buffers_have_the_promised_size(store: Path) -> None:
 
     with moelite.load(store, ram="1GiB", context=64, threads=2) as model:
         parts = {p.name: p.bytes for p in model.footprint.parts}
-        work = Workspace(model.arch, 32, 2, 64)
+        work = Workspace(model.arch, 32, 2)
         held = sum(size(v) for k, v in vars(work).items() if k != "rows")
-        assert held == workspace_bytes(model.arch, 32, 2, 64)
+        assert held == workspace_bytes(model.arch, 32, 2)
         kv = KVCache(model.arch, 64, "f16")
         assert size(kv.k) + size(kv.v) == kv_bytes(model.arch, 64, "f16") == parts["kv"]
         dense = sum(model.store.dense_entry(k).nbytes for k in model.store.dense_keys())

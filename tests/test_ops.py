@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moelite import ops, sync
-from moelite.jit import kernel
-from moelite.kernels import Sum, _add_parts
-from moelite.kv import KVCache
-from moelite.threads import Team, default_threads
+from moelite.jit import inner, kernel
+from moelite.kernels import SUM_RUN, _add_parts
+from moelite.program import Sum
+from moelite.threads import default_threads
 
 RNG = np.random.default_rng(0)
 
@@ -75,84 +76,6 @@ def test_rope_rotates_pairs(interleaved: bool) -> None:
 
 
 @kernel
-def _keep(x, shape, cache):
-    for t in range(x.shape[0]):
-        buffer = np.zeros(shape.padded_dim, np.float32)
-        ops.keep_heads(x.reshape(-1), t * x.shape[1], shape, t, buffer, cache)
-
-
-@kernel
-def _attend(q, cache, shape, start, scratch, out):
-    d, group = shape.head_dim, shape.heads // shape.kv_heads
-    for t in range(q.shape[0]):
-        for h in range(shape.heads):
-            at, where = t * q.shape[1] + h * d, (h // group, start + t)
-            target = out[t, h * d : h * d + d]
-            ops.attend_head(q.reshape(-1), at, cache, shape, where, scratch, target)
-
-
-def attend(q, k, v, shape: ops.AttentionShape, kv: str, start: int) -> np.ndarray:
-    """Keeps all keys and values, then attends from positions start.. on."""
-    dtype = np.uint16 if kv == "f16" else np.float32
-    count = shape.kv_heads * shape.context * shape.padded_dim
-    cache = np.zeros(count, dtype), np.zeros(count, dtype)
-    _keep(k, shape, cache[0])
-    _keep(v, shape, cache[1])
-    out = np.zeros((len(q), shape.heads * shape.head_dim), np.float32)
-    scratch = np.full(shape.padded_dim + shape.context + 8, np.nan, np.float32)
-    _attend(q, cache, shape, start, scratch, out)
-    return out
-
-
-def exact(q, k, v, shape: ops.AttentionShape, start: int) -> np.ndarray:
-    d, group = shape.head_dim, shape.heads // shape.kv_heads
-    out = np.zeros((len(q), shape.heads * d))
-    for t in range(len(q)):
-        last = start + t + 1
-        first = max(0, last - shape.window) if shape.window else 0
-        for h in range(shape.heads):
-            keys = k[first:last].reshape(last - first, -1, d)[:, h // group].astype(np.float64)
-            values = v[first:last].reshape(last - first, -1, d)[:, h // group]
-            s = keys @ q[t].reshape(-1, d)[h] * np.float64(shape.scale)
-            w = np.exp(s - s.max())
-            out[t, h * d : h * d + d] = w @ values / w.sum()
-    return out
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    heads=st.sampled_from([(1, 1), (4, 2), (6, 2), (4, 1)]),
-    dim=st.sampled_from([8, 20, 64]),
-    start=st.integers(0, 40),
-    tokens=st.integers(1, 9),
-    window=st.sampled_from([0, 1, 5]),
-    kv=st.sampled_from(["f16", "f32"]),
-)
-def test_attention(heads, dim, start, tokens, window, kv) -> None:
-    n, nk = heads
-    padded = -(-dim // 8) * 8
-    shape = ops.AttentionShape(n, nk, dim, padded, 64, window, np.float32(dim**-0.5))
-    q, k, v = (
-        normal(tokens, n * dim),
-        normal(start + tokens, nk * dim),
-        normal(start + tokens, nk * dim),
-    )
-    got = attend(q, k, v, shape, kv, start)
-    if kv == "f16":
-        k, v = k.astype(np.float16), v.astype(np.float16)
-    np.testing.assert_allclose(got, exact(q, k, v, shape, start), rtol=2e-5, atol=3e-6)
-
-
-def test_attention_with_far_apart_scores() -> None:
-    """One key wins by more than exp can show: the result is its value, not NaN."""
-    shape = ops.AttentionShape(1, 1, 8, 8, 64, 0, np.float32(1))
-    k = np.zeros((11, 8), np.float32)
-    k[4] = 100
-    v, q = normal(11, 8), np.full((1, 8), 3, np.float32)
-    np.testing.assert_allclose(attend(q, k, v, shape, "f32", 10), v[4:5], rtol=1e-6)
-
-
-@kernel
 def _silu(gate, up):
     for i in range(0, gate.size, 8):
         ops.silu_gate_8(gate, up, i)
@@ -167,19 +90,20 @@ def test_silu_gate() -> None:
 
 
 @kernel
-def _sum(total):
-    for t in range(total.tokens):
-        _add_parts(total, t)
+def _sum(total, tokens):
+    for t in range(tokens):
+        for start in range(0, total.size, SUM_RUN):
+            _add_parts(total, t, start)
 
 
 def test_parts_are_summed_in_the_routers_order() -> None:
     """Large terms of both signs: float32 addition in any other order gives other bits."""
     parts = np.array([1e8, 1.0, -1e8, 3.0], np.float32)
-    ones = np.ones((1, 4), np.float32)
 
     def total(parts: np.ndarray) -> float:
-        x = np.zeros(1, np.float32)
-        _sum(Sum(x, 1, 1, parts, ones, ops.EMPTY, 1))
+        x, wide = np.zeros(8, np.float32), np.zeros((4, 8), np.float32)
+        wide[:, 0] = parts
+        _sum(Sum(x, 8, 1, wide.reshape(-1), np.ones(4, np.float32), 4, ops.EMPTY), 1)
         return float(x[0])
 
     assert total(parts) == ((np.float32(1e8) + np.float32(1)) - np.float32(1e8)) + np.float32(3)
@@ -189,76 +113,110 @@ def test_parts_are_summed_in_the_routers_order() -> None:
 def test_a_gate_scales_the_sum_by_its_sigmoid() -> None:
     x, parts = np.zeros((2, 8), np.float32), normal(2, 8)
     gates = normal(2, 8)
-    _sum(
-        Sum(
-            x.reshape(-1),
-            8,
-            5,
-            parts.reshape(-1),
-            np.ones((2, 1), np.float32),
-            gates.reshape(-1),
-            2,
-        )
-    )
+    ones = np.ones(2, np.float32)
+    _sum(Sum(x.reshape(-1), 8, 5, parts.reshape(-1), ones, 1, gates.reshape(-1)), 2)
     want = parts / (1 + np.exp(-gates[:, :1].astype(np.float64)))
     np.testing.assert_allclose(x[:, :5], want[:, :5], rtol=1e-6)
-    assert not x[:, 5:].any()
 
 
-@kernel
-def _count(tid, state, seen, pieces, slow):
-    # two phases: the second may only start when all of the first is there
-    piece = sync.take(state, 0)
+@inner
+def _two_phases(crew, seen, pieces, slow):
+    # the second phase may only start when all of the first is there
+    mine = 0
+    piece = sync.take(crew, 0, pieces)
     while piece < pieces:
         for _ in range(slow * 1000):
             seen[1, piece] += 1
         seen[0, piece] += 1
-        sync.done(state, 0)
-        piece = sync.take(state, 0)
-    sync.wait(state, 0, pieces)
-    piece = sync.take(state, 1)
+        mine += 1
+        piece = sync.take(crew, 0, pieces)
+    sync.finish(crew, 0, mine, pieces)
+    mine = 0
+    piece = sync.take(crew, 1, pieces)
     while piece < pieces:
-        seen[2, piece] = seen[0].sum()
-        sync.done(state, 1)
-        piece = sync.take(state, 1)
-    sync.wait(state, 1, pieces)
+        for i in range(pieces):
+            seen[2, piece] += seen[0, i]
+        mine += 1
+        piece = sync.take(crew, 1, pieces)
+    sync.finish(crew, 1, mine, pieces)
+
+
+@kernel
+def _lead(team, state, seen, number, pieces):
+    # pieces[i] pieces in job number + i
+    for i in range(pieces.size):
+        slot = sync.slot_of(state, number + i)
+        while sync.read(state, slot):
+            sync.yield_core()
+        slot = sync.open_job(state, team, number + i, 2)
+        crew = sync.Crew(state, slot, team, np.int64(0))
+        _two_phases(crew, seen[i], pieces[i], i % 3)
+        sync.close_job(state)
+
+
+@kernel
+def _follow(tid, team, state, seen, number, pieces, late):
+    # until the last job is seen; late: idles that long inside a job before it takes anything
+    last = np.int64(0)
+    while last < number + pieces.size - 1 and not sync.read(state, 1):
+        found = sync.await_job(state, last, 1000)
+        if not found:
+            sync.yield_core()
+            continue
+        last = found
+        if sync.enter(state, found):
+            slot, i = sync.slot_of(state, found), found - number
+            for _ in range(late):
+                sync.yield_core()
+            _two_phases(sync.Crew(state, slot, team, tid), seen[i], pieces[i], i % 3)
+            sync.leave(state, slot)
+
+
+def _rounds(size: int, jobs: int, late: int) -> np.ndarray:
+    """[jobs, 3, 17] of jobs of 1 to 17 pieces, on `size` threads."""
+    seen, state = np.zeros((jobs, 3, 17), np.int64), np.zeros(sync.sync_size(size, 2), np.int64)
+    pieces = 1 + np.arange(jobs) % 17
+    threads = [
+        threading.Thread(target=_follow, args=(tid, size, state, seen, 1, pieces, late))
+        for tid in range(1, size)
+    ]
+    for thread in threads:
+        thread.start()
+    _lead(size, state, seen, 1, pieces)
+    state[1] = 1  # a word that no job uses: who missed the last job ends too
+    for thread in threads:
+        thread.join()
+    return seen
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_a_team_does_every_piece_once_and_phases_in_order(size: int) -> None:
-    """More threads than cores, pieces of uneven length, hundreds of jobs one after the other."""
-    team = Team(size)
-    for round in range(400):
-        pieces = 1 + round % 17
-        seen = np.zeros((3, pieces), np.int64)
-        team.run(_count, seen, pieces, round % 3, alone=round % 7 == 0)
-        assert (seen[0] == 1).all()
-        assert (seen[2] == pieces).all(), "a second phase began before the first was over"
-    team.close()
+@pytest.mark.parametrize("late", [0, 50])
+def test_a_team_does_every_piece_once_and_phases_in_order(size: int, late: int) -> None:
+    """More threads than cores, pieces of uneven length, helpers that enter and then sleep."""
+    seen = _rounds(size, 400, late)
+    for i, counts in enumerate(seen):
+        pieces = 1 + i % 17
+        assert (counts[0, :pieces] == 1).all()
+        assert (counts[2, :pieces] == pieces).all(), "a phase began before the one before was over"
 
 
-def test_a_team_reports_what_a_helper_raised() -> None:
-    import threading
-
-    team = Team(3)
-    entered = threading.Barrier(3, timeout=30)
-
-    def job(tid, state, fail):
-        entered.wait()
-        if fail and tid == 2:
-            raise ValueError("thread 2 failed")
-
-    with pytest.raises(ValueError, match="thread 2 failed"):
-        team.run(job, True)
-    team.run(job, False)
-    team.close()
-    assert default_threads() >= 1
+@kernel
+def _only_enter(state, number):
+    return sync.enter(state, number)
 
 
-def test_kv_is_allocated_for_the_whole_context() -> None:
-    from moelite.models import build
-    from moelite.warm import _CONFIG
+def test_a_job_does_not_wait_for_a_thread_that_sleeps_inside() -> None:
+    """RING - 1 jobs pass; the one that needs the sleeper's slot again has to wait."""
+    state, seen = np.zeros(sync.sync_size(2, 2), np.int64), np.zeros((sync.RING, 3, 17), np.int64)
+    state[0] = 1  # job 1 is open
+    assert _only_enter(state, 1)
+    assert not _only_enter(state, 2), "only the open job can be entered"
+    pieces = np.full(sync.RING - 1, 9)
+    _lead(2, state, seen, 2, pieces)
+    assert (seen[:-1, 0, :9] == 1).all()
+    slot = sync.slot_of(state, 1 + sync.RING)
+    assert state[slot] == 1, "the sleeper still holds the slot of the job after these"
 
-    kv = KVCache(build(_CONFIG), 32, "f16")
-    assert kv.k[0].dtype == np.uint16
-    assert kv.k[0].size == 2 * 32 * 16
+
+def test_threads_by_default_are_physical_cores() -> None:
+    assert 1 <= default_threads() <= (os.cpu_count() or 1)

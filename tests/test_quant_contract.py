@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moelite.dispatch import embed_rows, linear_job, new_act, quantize_row
+from moelite.dispatch import matrix_of, multiply, new_act, quantize_row, unpack_row
 from moelite.errors import QuantizationError
 from moelite.jit import kernel
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, Job, Matrix, QuantFormat, empty_packed, pad, record_layout
-from moelite.sync import SIZE
+from moelite.quant.base import F32, Job, QuantFormat, empty_packed, pad, record_layout
 
 # Largest squared error over squared weight on normal weights: what each format promises.
 ERROR = {"f32": 0.0, "bf16": 3e-6, "int8": 3.5e-5, "int4": 5.7e-3}
@@ -47,7 +46,7 @@ def product(fmt: QuantFormat, weight: F32, x: F32, pieces: list[int] | None = No
     cuts = [0, *(pieces or []), tokens]
     for first, last in itertools.pairwise(cuts):
         job = Job(order, order, first, last, out.reshape(-1), width)
-        linear_job(0, np.zeros(SIZE, np.int64), Matrix(fmt.code, packed, 0, rows, cols), act, job)
+        multiply(matrix_of(fmt.name, packed, 0, rows, cols), act, job, 0, rows, 0)
     seen = x.astype(np.float64)
     if fmt.planes:
         q = act.q.reshape(tokens, -1, 32).astype(np.float64)
@@ -122,7 +121,8 @@ def test_packing_in_pieces_gives_the_same_bytes(fmt, shape) -> None:
 def test_single_rows_equal_unpack(fmt, shape) -> None:
     packed = fmt.pack(weights(*shape))
     out = np.zeros(shape, np.float32)
-    embed_rows(Matrix(fmt.code, packed, 0, *shape), np.arange(shape[0]), out)
+    for r in range(shape[0]):
+        unpack_row(matrix_of(fmt.name, packed, 0, *shape), r, out[r])
     np.testing.assert_array_equal(out, fmt.unpack(packed, *shape))
 
 

@@ -1,0 +1,174 @@
+"""How words of moelite.simd become instructions, target by target: LLVM IR, no numba.
+
+Every function takes the target it emits for, so that code for a CPU which is not here can be made
+and looked at, or run under an emulator. All targets give the same bits:
+
+    vnni     x86 with AVX-VNNI or AVX-512-VNNI+VL: vpdpbusd, 32 products in one instruction
+    avx2     vpmaddubsw (int16 pair sums, which saturate: see `dot_u7`) + vpmaddwd
+    neon     aarch64 with dot products: two sdot of 16 products
+    plain    widening multiplies, for any other CPU
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+TARGETS = ("vnni", "avx2", "neon", "plain")
+
+I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+F32X8, I32X8 = ir.VectorType(ir.FloatType(), 8), ir.VectorType(I32, 8)
+I8X16, I8X32 = ir.VectorType(I8, 16), ir.VectorType(I8, 32)
+I16X8, I16X16, F16X8 = (
+    ir.VectorType(ir.IntType(16), 8),
+    ir.VectorType(ir.IntType(16), 16),
+    ir.VectorType(ir.HalfType(), 8),
+)
+
+
+def call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
+    """Calls an LLVM intrinsic, declared in the builder's module if it is not yet."""
+    kind = ir.FunctionType(result, [a.type for a in args])
+    function = builder.module.globals.get(name)
+    return builder.call(function or ir.Function(builder.module, kind, name), args)
+
+
+def lanes(builder: Any, x: Any, y: Any, order: list[int]) -> Any:
+    """A vector of the lanes `order` of x and y, y's counted after x's."""
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
+
+
+def _halves(builder: Any, v: Any) -> tuple[Any, Any]:
+    n = v.type.count // 2
+    return lanes(builder, v, v, list(range(n))), lanes(builder, v, v, list(range(n, 2 * n)))
+
+
+def _join(builder: Any, low: Any, high: Any) -> Any:
+    return lanes(builder, low, high, list(range(2 * low.type.count)))
+
+
+# --- integer dot products -----------------------------------------------------------------------
+
+
+def _dot4(b: Any, acc: Any, x: Any, y: Any, widen_x: Any) -> Any:
+    # acc[i] + the sum of the 4 products of lane i, widened to 32 bits
+    wide = ir.VectorType(I32, 32)
+    product = b.mul(widen_x(x, wide), b.sext(y, wide))
+    for start in range(4):
+        acc = b.add(acc, lanes(b, product, product, [4 * i + start for i in range(8)]))
+    return acc
+
+
+def _sdot(b: Any, acc: Any, x: Any, y: Any) -> Any:
+    parts = zip(_halves(b, acc), _halves(b, x), _halves(b, y), strict=True)
+    name = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+    return _join(b, *(call(b, name, a.type, [a, v, w]) for a, v, w in parts))
+
+
+def dot_u7(b: Any, target: str, acc: Any, w: Any, x: Any) -> Any:
+    """acc + 8 dot products of 4: w unsigned <= 127, x signed in [-127, 127].
+
+    On avx2 two products are first summed in int16: 2 * 127 * 127 = 32,258 < 32,768, so it is exact.
+    """
+    if target == "vnni":
+        args = [acc, b.bitcast(w, I32X8), b.bitcast(x, I32X8)]
+        return call(b, "llvm.x86.avx512.vpdpbusd.256", I32X8, args)
+    if target == "avx2":
+        pairs = call(b, "llvm.x86.avx2.pmadd.ub.sw", I16X16, [w, x])
+        ones = ir.Constant(I16X16, [1] * 16)
+        return b.add(acc, call(b, "llvm.x86.avx2.pmadd.wd", I32X8, [pairs, ones]))
+    if target == "neon":  # up to 127, unsigned bytes are signed ones
+        return _sdot(b, acc, w, x)
+    return _dot4(b, acc, w, x, b.zext)
+
+
+def dot_i8(b: Any, target: str, acc: Any, w: Any, x: Any) -> Any:
+    """acc + 8 dot products of 4, both signed in [-127, 127]. On x86: |w| times x with w's sign."""
+    if target == "neon":
+        return _sdot(b, acc, w, x)
+    if target == "plain":
+        return _dot4(b, acc, w, x, b.sext)
+    zero = ir.Constant(I8X32, [0] * 32)
+    size = b.select(b.icmp_signed("<", w, zero), b.neg(w), w)
+    return dot_u7(b, target, acc, size, call(b, "llvm.x86.avx2.psign.b", I8X32, [x, w]))
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def lookup16(b: Any, target: str, table: Any, index: Any) -> Any:
+    """table[index] for 32 indices 0..15; table: 16 bytes, in both halves of the vector."""
+    if target in ("vnni", "avx2"):
+        return call(b, "llvm.x86.avx2.pshuf.b", I8X32, [table, index])
+    if target == "neon":
+        entries, parts = _halves(b, table)[0], _halves(b, index)
+        name = "llvm.aarch64.neon.tbl1.v16i8"
+        return _join(b, *(call(b, name, I8X16, [entries, part]) for part in parts))
+    out = ir.Constant(I8X32, ir.Undefined)
+    for i in range(32):
+        lane = ir.Constant(I32, i)
+        at = b.zext(b.extract_element(index, lane), I32)
+        out = b.insert_element(out, b.extract_element(table, at), lane)
+    return out
+
+
+# --- half precision -----------------------------------------------------------------------------
+
+
+def _each(value: int) -> Any:
+    return ir.Constant(I32X8, [value] * 8)
+
+
+def half_to_f32(b: Any, native: bool, v: Any) -> Any:
+    """8 IEEE halves, as 16-bit integers, to float32. native: the CPU has an instruction for it."""
+    if native:
+        return b.fpext(b.bitcast(v, F16X8), F32X8)
+    # without the instruction LLVM would call a library that is not there. The half's bits, moved to
+    # a float's place, times 2^112: right for normal and subnormal numbers.
+    wide = b.zext(v, I32X8)
+    bits = b.shl(b.and_(wide, _each(0x7FFF)), _each(13))
+    scale = ir.Constant(F32X8, [2.0**112] * 8)
+    finite = b.bitcast(b.fmul(b.bitcast(bits, F32X8), scale), I32X8)
+    special = b.icmp_unsigned(">=", bits, _each(0x7C00 << 13))
+    size = b.select(special, b.or_(bits, _each(0x7F800000)), finite)
+    return b.bitcast(b.or_(size, b.shl(b.and_(wide, _each(0x8000)), _each(16))), F32X8)
+
+
+def f32_to_half(b: Any, native: bool, v: Any) -> Any:
+    """8 float32 to IEEE halves, as 16-bit integers, rounded to nearest, ties to even."""
+    if native:
+        return b.bitcast(b.fptrunc(v, F16X8), I16X8)
+    raw = b.bitcast(v, I32X8)
+    sign = b.lshr(b.and_(raw, _each(-0x80000000)), _each(16))
+    size = b.and_(raw, _each(0x7FFFFFFF))
+    odd = b.and_(b.lshr(size, _each(13)), _each(1))
+    normal = b.lshr(b.add(b.add(size, _each(0xFFF - (112 << 23))), odd), _each(13))
+    half = ir.Constant(F32X8, [0.5] * 8)  # adding it rounds at a half's last subnormal bit, 2^-24
+    small = b.sub(b.bitcast(b.fadd(b.bitcast(size, F32X8), half), I32X8), _each(0x3F000000))
+    out = b.select(b.icmp_unsigned("<", size, _each(113 << 23)), small, normal)
+    out = b.select(b.icmp_unsigned(">=", size, _each(0x477FF000)), _each(0x7C00), out)
+    out = b.select(b.icmp_unsigned(">", size, _each(0x7F800000)), _each(0x7E00), out)
+    return b.trunc(b.or_(out, sign), I16X8)
+
+
+# --- sums over lanes ----------------------------------------------------------------------------
+
+
+def fold(b: Any, v: Any, join: Callable[[Any, Any], Any]) -> Any:
+    """All 8 lanes joined: those 4 apart, then 2, then neighbours."""
+    for step in (4, 2, 1):
+        v = join(v, lanes(b, v, v, [(i + step) % 8 for i in range(8)]))
+    return b.extract_element(v, ir.Constant(I32, 0))
+
+
+def sums(b: Any, v: tuple[Any, ...]) -> Any:
+    """Lane i: the sum of vector i of 8, by the additions of `fold`, two vectors in one."""
+
+    def join(x: Any, y: Any, left: list[int], step: int) -> Any:
+        return b.fadd(lanes(b, x, y, left), lanes(b, x, y, [i + step for i in left]))
+
+    half = [join(v[i], v[i + 4], [0, 1, 2, 3, 8, 9, 10, 11], 4) for i in range(4)]
+    quarter = [join(half[i], half[i + 1], [0, 1, 8, 9, 4, 5, 12, 13], 2) for i in (0, 2)]
+    return join(quarter[0], quarter[1], [0, 2, 8, 10, 4, 6, 12, 14], 1)

@@ -1,0 +1,291 @@
+"""What the threads of a team run: tokens through the layers, a batch of experts, the head.
+
+A job is a row of words (moelite.words): its kind, the address of the model's Program, then its
+arguments. So a token whose experts are in memory costs one call from Python, and helpers take jobs
+without Python at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import types
+
+from moelite.dispatch import unpack_row
+from moelite.jit import entry, inlined, inner, kernel
+from moelite.kernels import attention, feed_forward, first_row, head, product, query_matrix
+from moelite.program import FeedForward, FeedForwardJob, LayerWords, Program, Sum
+from moelite.quant.base import Act
+from moelite.raw import address, call, i64_at, ticks
+from moelite.routing import route_row
+from moelite.sync import (
+    RING,
+    Crew,
+    await_job,
+    close_job,
+    enter,
+    finish,
+    leave,
+    open_job,
+    slot_of,
+    stop_job,
+    stopped,
+    take,
+)
+from moelite.words import field, reader, size_of
+
+LAYERS, EXPERTS, HEAD = range(3)  # kinds of jobs
+PARTS = ("attention", "router", "experts", "dense", "head")  # what Program.times counts
+_ATTENTION, _ROUTER, _EXPERTS, _DENSE, _HEAD = range(5)
+
+LAYER_PHASES = 16  # the most that a layer takes, 15, and room for embedding and head
+JOB_WORDS = 96  # the longest job, EXPERTS, has 78
+
+
+LAYER_WORDS = size_of(LayerWords)
+_PROGRAM_WORDS = size_of(Program)
+
+_program = reader(Program, "program")
+_parts = reader(FeedForward, "parts")
+_expert_job = reader(FeedForwardJob, "expert_job")
+_act = reader(Act, "act")
+_sum = reader(Sum, "sum")
+_JOB_AT = size_of(FeedForward)
+_ACT_AT = _JOB_AT + size_of(FeedForwardJob)
+_SUM_AT = _ACT_AT + size_of(Act)
+_TOKENS_AT = 2 + _SUM_AT + size_of(Sum)
+
+_buffers, _router_matrix = field(LayerWords, "buffers"), field(LayerWords, "attention.router")
+_routed, _dense_part = field(LayerWords, "routed"), field(LayerWords, "dense")
+_top_k = field(LayerWords, "routed.rule.top_k")
+_dense_rows = field(LayerWords, "dense.parts.gate.rows")
+
+
+@inner
+def _clock(crew, times, part, since):
+    # adds what passed `since` to the time of a part; returns now
+    now = ticks()
+    if crew.tid == 0:
+        times[part] += now - since
+    return now
+
+
+@inlined
+def _embed(crew, phase, program, ids):
+    io = program.buffers
+    mine = 0
+    piece = take(crew, phase, ids.size)
+    while piece < ids.size:
+        unpack_row(program.embed, ids[piece], io.x[piece * io.x_width : (piece + 1) * io.x_width])
+        mine += 1
+        piece = take(crew, phase, ids.size)
+    finish(crew, phase, mine, ids.size)
+
+
+@inlined
+def _router(crew, phase, table, at, tokens):
+    matrix, io = _router_matrix(table, at), _buffers(table, at)
+    to = tokens, io.router_logits, io.router_width
+    product(crew, phase, matrix, io.normed, io.rows, to, first_row(crew, matrix))
+
+
+@inner
+def _choose_one(table, at):
+    # one token's experts, and where they are; whether one is missing
+    routed, logits = _routed(table, at), _buffers(table, at).router_logits
+    job, out = routed.job, (routed.selected, routed.weights, 0)
+    route_row(logits, 0, routed.rule, routed.scores, out)
+    missing = False
+    for k in range(routed.rule.top_k):
+        slot = np.int64(routed.slots[routed.selected[k]])
+        if slot < 0:
+            missing = True
+        job.base[k] = slot * routed.record_bytes
+        job.first[k + 1] = k + 1
+        job.target[k] = k
+    return missing
+
+
+@inlined
+def _choose(crew, phase, table, at, tokens):
+    # many tokens, or a missing expert: the job ends here, it is Python's turn
+    mine = 0
+    piece = take(crew, phase, 1)
+    while piece < 1:
+        if tokens > 1 or _choose_one(table, at):
+            stop_job(crew, phase)
+        mine += 1
+        piece = take(crew, phase, 1)
+    finish(crew, phase, mine, 1)
+
+
+# --- parts compiled alone -----------------------------------------------------------------------
+#
+# Each is called by address, like a format's code. What is compiled alone is not compiled once more
+# with every function that calls it, and two of them are compiled side by side.
+
+ROUTED, SHARED, BATCH = range(3)  # what `feed` computes
+
+
+def _attention(sync, size, slot, team, tid, phase, table, words, at, tokens, start):  # noqa: PLR0913
+    crew = Crew(i64_at(sync, size), slot, team, tid)
+    attention(crew, phase, i64_at(table, words), at, tokens, start)
+
+
+def _feed(sync, size, slot, team, tid, phase, words, count, at, what, tokens, after):  # noqa: PLR0913
+    # routed experts and dense part of the layer at words[at], or a batch of experts: the words of a
+    # job. One feed_forward for all three.
+    crew, table = Crew(i64_at(sync, size), slot, team, tid), i64_at(words, count)
+    if what == BATCH:
+        parts, job = _parts(table, at), _expert_job(table, at + _JOB_AT)
+        act, total = _act(table, at + _ACT_AT), _sum(table, at + _SUM_AT)
+    else:
+        io = _buffers(table, at)
+        act = io.normed
+        if what == ROUTED:
+            routed = _routed(table, at)
+            parts, job, total = routed.parts, routed.job, routed.total
+        else:
+            dense = _dense_part(table, at)
+            parts, job, total = dense.parts, dense.job, dense.total
+            to = tokens, dense.gates, 8
+            product(crew, phase, dense.gate, act, io.rows, to, after)
+            phase += 1
+    feed_forward(crew, phase, parts, act, job, total, (tokens, after))
+
+
+_ALONE: dict[str, tuple[Any, int]] = {"attention": (_attention, 11), "feed": (_feed, 12)}
+
+
+@functools.cache
+def part_address(name: str) -> int:
+    """Where the compiled code of a part is, "attention" or "feed"; compiles it if need be."""
+    function, count = _ALONE[name]
+    return int(entry(function, types.void(*[types.int64] * count)).address)
+
+
+_call_attention, _call_feed = call(11), call(12)
+
+
+@inlined
+def _attend(crew, phase, program, at, tokens, start):
+    table, sync = program.table, crew.sync
+    _call_attention(
+        program.attention,
+        *(address(sync), sync.size, crew.slot, crew.team, crew.tid, phase),
+        *(address(table), table.size, at, tokens, start),
+    )
+
+
+@inlined
+def _feed_layer(crew, phase, program, at, what, tokens, after):
+    table, sync = program.table, crew.sync
+    _call_feed(
+        program.feed,
+        *(address(sync), sync.size, crew.slot, crew.team, crew.tid, phase),
+        *(address(table), table.size, at, what, tokens, after),
+    )
+
+
+# --- jobs ---------------------------------------------------------------------------------------
+
+
+@inner
+def _layers(crew, program, ids, position, first):
+    # tokens through the layers from `first` on, until experts are needed that Python has to see to:
+    # returns that layer, else -1. Where it goes on after one, its shared expert is due.
+    now, phase, table = ticks(), np.int64(0), program.table
+    tokens, times = ids.size, program.times
+    if first == 0:
+        _embed(crew, phase, program, ids)
+        phase += 1
+    elif _dense_rows(table, (first - 1) * LAYER_WORDS):
+        at = (first - 1) * LAYER_WORDS
+        after = first_row(crew, query_matrix(table, at))
+        _feed_layer(crew, phase, program, at, SHARED, tokens, after)
+        phase += 4
+        now = _clock(crew, times, _DENSE, now)
+    for number in range(first, program.layers):
+        at = number * LAYER_WORDS
+        after = first_row(crew, program.head)
+        if number + 1 < program.layers:
+            after = first_row(crew, query_matrix(table, at + LAYER_WORDS))
+        _attend(crew, phase, program, at, tokens, position)
+        phase += 7
+        now = _clock(crew, times, _ATTENTION, now)
+        if _top_k(table, at):
+            _router(crew, phase, table, at, tokens)
+            _choose(crew, phase + 1, table, at, tokens)
+            now = _clock(crew, times, _ROUTER, now)
+            if stopped(crew, phase + 1):
+                return number
+            _feed_layer(crew, phase + 2, program, at, ROUTED, tokens, after)
+            phase += 5
+            now = _clock(crew, times, _EXPERTS, now)
+        if _dense_rows(table, at):
+            _feed_layer(crew, phase, program, at, SHARED, tokens, after)
+            phase += 4
+            now = _clock(crew, times, _DENSE, now)
+    return np.int64(-1)
+
+
+@inlined
+def _run(crew, words):
+    program, row, phase = _program(i64_at(words[1], _PROGRAM_WORDS), 0), words[2], np.int64(0)
+    if words[0] == LAYERS:
+        ids = i64_at(words[2], words[3])
+        row = np.int64(-1)
+        stop = _layers(crew, program, ids, words[4], words[5])
+        if crew.tid == 0:  # nobody else: he may be late, and this another job's
+            program.state[0] = stop
+        if stop < 0:
+            # one token's logits are wanted as soon as it is through
+            row = np.int64(0) if ids.size == 1 else row
+            phase += (program.layers - words[5] + 1) * LAYER_PHASES
+    elif words[0] == EXPERTS:
+        now, sync = ticks(), crew.sync
+        _call_feed(
+            program.feed,
+            *(address(sync), sync.size, crew.slot, crew.team, crew.tid, phase),
+            *(address(words), words.size, 2, BATCH, words[_TOKENS_AT], 0),
+        )
+        _clock(crew, program.times, _EXPERTS, now)
+        row = np.int64(-1)
+    if row >= 0:
+        now = ticks()
+        io = program.buffers
+        head(crew, phase, program.norm, program.head, io, row, program.logits)
+        _clock(crew, program.times, _HEAD, now)
+
+
+@kernel
+def clock():
+    """The ticks that Program.times counts; their rate is the system's."""
+    return ticks()
+
+
+@kernel
+def work(tid, team, sync, jobs, number, phases, polls):
+    """Thread 0: runs job `number`, of up to `phases` phases. Others: take jobs as they are opened.
+
+    jobs int64 [RING * JOB_WORDS]: job n is row n % RING. A helper returns the number of the last
+    job it saw once none was opened for `polls` polls; `number` is the one it saw before.
+    """
+    found = number
+    if tid == 0:
+        open_job(sync, team, number, phases)
+    else:
+        found = await_job(sync, number, polls)
+    while found:
+        number = found
+        if tid == 0 or enter(sync, number):
+            slot, row = slot_of(sync, number), number % RING * JOB_WORDS
+            _run(Crew(sync, slot, team, tid), jobs[row : row + JOB_WORDS])
+            if tid == 0:
+                close_job(sync)
+                return number
+            leave(sync, slot)
+        found = await_job(sync, number, polls)
+    return number

@@ -1,0 +1,87 @@
+"""Products of a format's kernel against `unpack` and float64, for this process's target.
+
+Run as a program it checks the worst cases and some random ones on the target that the environment
+forces, and prints which that was.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from moelite import jit
+from moelite.dispatch import matrix_of, multiply, new_act, quantize_row
+from moelite.quant import FORMATS
+from moelite.quant.base import F32, Job, pad
+
+# Float32 sums of a few thousand terms, against the sum of their sizes.
+TOLERANCE = 1e-6
+
+
+def product(name: str, weight: F32, x: F32, base: int = 0) -> tuple[F32, F32, F32]:
+    """(kernel's x @ W.T, the same in float64 of what the kernel is given, the sum of the terms'
+    sizes), all [T, O]. base: the matrix begins that many bytes into a longer array.
+    """
+    fmt, (rows, cols), tokens = FORMATS[name], weight.shape, len(x)
+    packed = fmt.pack(weight)
+    act = new_act(tokens, cols, quantized=True)
+    act.x.reshape(tokens, -1)[:, :cols] = x
+    for row in range(tokens):
+        quantize_row(act, row)
+    width = pad(rows, 8)
+    out = np.full((tokens, width), np.nan, np.float32)
+    order = np.arange(tokens, dtype=np.int32)
+    job = Job(order, order, 0, tokens, out.reshape(-1), width)
+    # what lies around a matrix must not matter: here it is as bad as can be
+    around = np.full(base + packed.size + 64, 0xFF, np.uint8)
+    around[base : base + packed.size] = packed
+    multiply(matrix_of(name, around, base, rows, cols), act, job, 0, rows, 0)
+    seen = x.astype(np.float64)
+    if fmt.planes:
+        q = act.q.reshape(tokens, -1, 32).astype(np.float64)
+        if fmt.planes == 2:
+            q += act.rest.reshape(tokens, -1, 32) / 254
+        seen = (q * act.scale.reshape(tokens, -1, 1)).reshape(tokens, -1)[:, :cols]
+    back = fmt.unpack(packed, rows, cols).astype(np.float64)
+    return out[:, :rows], seen @ back.T, np.abs(seen) @ np.abs(back).T
+
+
+def check(name: str, weight: F32, x: F32, base: int = 0) -> None:
+    """Raises AssertionError where the kernel is wrong."""
+    got, want, size = product(name, weight, x, base)
+    np.testing.assert_array_less(np.abs(got - want), TOLERANCE * size + 1e-30)
+
+
+def worst(name: str, tokens: int) -> None:
+    """Weights and activations at their limits, of equal and of alternating signs.
+
+    A pair of products is then 2 * 127 * 127: it fits int16, twice that does not.
+    """
+    rows, cols = 40, 2048
+    ones, turns = np.ones(cols, np.float32), np.where(np.arange(cols) % 2, 1, -1)
+    halves = np.where(np.arange(cols) % 8 < 4, 1, -1)
+    weights = np.stack([s * v for v in (ones, turns, halves, ones) for s in (1, -1)] * 5)
+    x = np.stack([(-1) ** t * (ones, turns, halves)[t % 3] for t in range(tokens)])
+    check(name, weights[:rows].astype(np.float32), x.astype(np.float32))
+    # 126.5 of 127 steps: the second plane of the activations is at its limit, too
+    x = x * np.where(np.arange(cols) % 32, 126.5 / 127, 1)
+    check(name, weights[:rows].astype(np.float32), x.astype(np.float32))
+
+
+def random(name: str, seed: int, shape: tuple[int, int], tokens: int, base: int = 0) -> None:
+    """Normal weights and activations, some of them zero, some blocks far larger than others."""
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 2, (shape[0], 1))
+    x = rng.normal(size=(tokens, shape[1])) * 10.0 ** rng.integers(-3, 4, (tokens, 1))
+    x[rng.random(x.shape) < 0.1] = 0
+    check(name, weight.astype(np.float32), x.astype(np.float32), base)
+
+
+if __name__ == "__main__":
+    for fmt in ("int8", "int4"):
+        for count in (1, 5, 9, 21):
+            worst(fmt, count)
+            random(fmt, count, (75, 72), count)
+            random(fmt, count, (16, 2080), count, 64)
+    sys.stdout.write(jit.TARGET)
