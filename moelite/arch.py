@@ -109,6 +109,11 @@ class GatedMLP:
     down: Linear
     activation: Literal["silu"] = "silu"
 
+    @property
+    def matrices(self) -> tuple[Linear, Linear, Linear]:
+        """gate, up and down."""
+        return self.gate, self.up, self.down
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Router:

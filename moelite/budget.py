@@ -97,7 +97,7 @@ def _linears(arch: Arch) -> list[Linear]:
         out += [a.q, a.k, a.v, a.o]
         dense: GatedMLP | None = mlp.shared if isinstance(mlp, MoE) else mlp
         if dense is not None:
-            out += [dense.gate, dense.up, dense.down]
+            out += dense.matrices
         if isinstance(mlp, MoE) and mlp.shared_gate is not None:
             out.append(mlp.shared_gate)
     return out if arch.tied else [*out, arch.head]

@@ -23,7 +23,7 @@ from moelite.arch import Linear, TensorRef
 from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress, resolve
-from moelite.inventory import Inventory, expert_parts, take_inventory
+from moelite.inventory import Inventory, take_inventory
 from moelite.packing import (
     TEMPORARY,
     locked,
@@ -37,6 +37,7 @@ from moelite.packing import (
 )
 from moelite.process import peak_rss_bytes
 from moelite.quant import FORMATS
+from moelite.quant.base import fill_record
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
@@ -331,7 +332,7 @@ class _Job:
             yield from self._one_expert(layer, expert)
 
     def _one_expert(self, layer: int, expert: int) -> Iterator[tuple[TensorRef, tuple[int, ...]]]:
-        for part, _ in expert_parts(self.inventory.layout, self.inventory.layers[layer].experts):
+        for part in self.inventory.layers[layer].experts.matrices:
             yield part.weight.at(expert), (part.rows, part.cols)
 
     def _dense(self) -> None:
@@ -358,10 +359,12 @@ class _Job:
             pwrite_all(fd, header, 0)
 
             def one(expert: int) -> int:
-                record = np.zeros(layout.record_bytes, np.uint8)
-                for part, begin in expert_parts(layout, mlp.experts):
-                    end = begin + fmt.nbytes(part.rows, part.cols)
-                    pack(fmt, self.source, _at(part, expert), record[begin:end])
+                parts = []
+                for part in mlp.experts.matrices:
+                    packed = np.zeros(fmt.nbytes(part.rows, part.cols), np.uint8)
+                    pack(fmt, self.source, _at(part, expert), packed)
+                    parts.append(packed)
+                record = fill_record(fmt, layout, *parts)
                 pwrite_all(fd, record.data, at + expert * layout.record_bytes)
                 return _source_bytes(self.source, self._one_expert(layer, expert))
 

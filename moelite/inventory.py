@@ -58,11 +58,6 @@ class Inventory:
         return sum(c.bytes_after for c in self.classes)
 
 
-def expert_parts(layout: RecordLayout, experts: GatedMLP) -> tuple[tuple[Linear, int], ...]:
-    """The matrices of one expert and where they begin in its record."""
-    return (experts.gate, layout.gate), (experts.up, layout.up), (experts.down, layout.down)
-
-
 def take_inventory(source: Source, experts: str, dense: str) -> Inventory:
     """Walk the architecture and check every tensor that it needs.
 
@@ -82,7 +77,7 @@ def take_inventory(source: Source, experts: str, dense: str) -> Inventory:
     for mlp in moe.values():
         for expert in range(mlp.num_experts):
             size = layout.record_bytes
-            for part, _ in expert_parts(layout, mlp.experts):
+            for part in mlp.experts.matrices:
                 shape = (part.rows, part.cols)
                 table.add(part.weight.at(expert), shape, ("routed experts", experts), size)
                 size = 0  # the record counts once for its three matrices
@@ -118,7 +113,7 @@ def _layout(arch: Arch, layers: dict[int, MoE], experts: str) -> RecordLayout:
             f" moelite needs one size, and at least one layer of experts"
         )
     for mlp in layers.values():
-        for part in (mlp.experts.gate, mlp.experts.up, mlp.experts.down):
+        for part in mlp.experts.matrices:
             if part.bias is not None:
                 raise UnsupportedError(f"routed experts with biases ({part.bias.name})")
     return record_layout(FORMATS[experts], arch.hidden_size, sizes.pop())
@@ -209,7 +204,7 @@ def _linear(part: Linear, kind: str, fmt: str) -> Iterator[DenseItem]:
 
 
 def _gated(mlp: GatedMLP | None, kind: str, fmt: str) -> Iterator[DenseItem]:
-    for part in () if mlp is None else (mlp.gate, mlp.up, mlp.down):
+    for part in () if mlp is None else mlp.matrices:
         yield from _linear(part, kind, fmt)
 
 

@@ -33,6 +33,8 @@ def _choose_target() -> str:
     features = _FEATURES
     if _ARM:
         return "neon" if "+dotprod" in features or _NAME.startswith("apple-") else "plain"
+    if {"+avx512vnni", "+avx512vl", "+avx512vbmi"} <= features:
+        return "vbmi"
     if "+avxvnni" in features or {"+avx512vnni", "+avx512vl"} <= features:
         return "vnni"
     return "avx2" if {"+avx2", "+fma"} <= features else "plain"
@@ -42,6 +44,7 @@ _NAME, _LIST = target_features()
 _FEATURES = set(_LIST.split(","))
 _ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
 TARGET = _choose_target()
+VNNI = TARGET in ("vbmi", "vnni")
 HALF_INSTRUCTIONS = _ARM or "+f16c" in _FEATURES
 WIDE = {"+avx512vnni", "+avx512vl"} <= _FEATURES  # 512-bit vectors, for many tokens at once
 

@@ -22,6 +22,7 @@ from moelite.dispatch import STRIP, multiply, place, quantize_block, quantize_ro
 from moelite.jit import inlined, inner
 from moelite.program import LayerWords
 from moelite.quant.base import Job, Matrix
+from moelite.raw import address, f32_at
 from moelite.simd import add_f32, load_f32, mul_f32, splat_f32, store_f32, zero_f32
 from moelite.sync import finish, own, take
 from moelite.words import field
@@ -246,43 +247,46 @@ def _move(matrix, by):
 
 
 @inner
-def _part_place(matrix, job, piece):
-    # where a piece's rows of an expert's matrix begin
-    each = strips(matrix.rows)
-    return place(matrix, piece % each * STRIP) + job.base[piece // each]
+def _part_place(matrix, job, piece, rows):
+    # where a piece of `rows` rows of an expert's matrix begins
+    each = (matrix.rows + rows - 1) // rows
+    return place(matrix, piece % each * rows) + job.base[piece // each]
+
+
+PAIRED = 2 * STRIP  # rows of gate_up that make STRIP columns of hidden activations
 
 
 @inner
-def _gate_up(ff, act, job, part, start, follow):
-    # rows start .. start + 32 of silu(x @ gate.T) * (x @ up.T) of one part, quantized as made
-    h, rows = job.hidden, ff.gate.rows
-    stop = min(start + STRIP, rows)
-    first, last, base = job.first[part], job.first[part + 1], job.base[part]
-    to_gate = Job(job.source, job.places, first, last, h.x, h.width)
-    to_up = Job(job.source, job.places, first, last, job.up, h.width)
-    up = _move(ff.up, base)
-    multiply(_move(ff.gate, base), act, to_gate, start, stop, place(up, start))
-    multiply(up, act, to_up, start, stop, follow)
-    for p in range(first, last):
-        row = p * h.width
-        for c in range(start, (stop + 7) // 8 * 8, 8):
-            ops.silu_gate_8(h.x, job.up, row + c)
-        for c in range(stop, start + STRIP):
+def _gate_up(crew, ff, act, job, part, start, follow):
+    # columns start .. start + STRIP of silu(x @ gate.T) * (x @ up.T) of one part, quantized as made
+    h, first, last = job.hidden, job.first[part], job.first[part + 1]
+    begin, count = 2 * start, last - first
+    stop = min(begin + PAIRED, ff.gate_up.rows)
+    both = job.scratch[crew.tid * job.scratch_width : (crew.tid + 1) * job.scratch_width]
+    # `multiply` writes row r of the matrix to column r, and here column 0 is `begin`
+    out = f32_at(address(both) - begin * 4, both.size + begin)
+    to = Job(job.source[first:last], job.places, 0, count, out, PAIRED)
+    multiply(_move(ff.gate_up, job.base[part]), act, to, begin, stop, follow)
+    for p in range(count):
+        row = (first + p) * h.width + start
+        for i in range(0, stop - begin, 16):
+            ops.silu_gate_8(both, p * PAIRED + i, h.x, row + i // 2)
+        for c in range((stop - begin) // 2, STRIP):
             h.x[row + c] = np.float32(0)
         if h.q.size:
-            quantize_block(h, row + start, p * h.blocks + start // 32)
+            quantize_block(h, row, (first + p) * h.blocks + start // 32)
 
 
 @inlined
-def _inner_products(crew, phase, ff, act, job):
-    each = strips(ff.gate.rows)
+def _hidden(crew, phase, ff, act, job):
+    each = (ff.gate_up.rows + PAIRED - 1) // PAIRED
     pieces, mine = job.parts * each, 0
     last, down = own(crew, pieces, crew.tid)[1], job.parts * strips(ff.down.rows)
-    after = _part_place(ff.down, job, min(own(crew, down, crew.tid)[0], down - 1))
+    after = _part_place(ff.down, job, min(own(crew, down, crew.tid)[0], down - 1), STRIP)
     piece = take(crew, phase, pieces)
     while piece < pieces:
-        follow = _part_place(ff.gate, job, piece + 1) if piece + 1 < last else after
-        _gate_up(ff, act, job, piece // each, piece % each * STRIP, follow)
+        follow = _part_place(ff.gate_up, job, piece + 1, PAIRED) if piece + 1 < last else after
+        _gate_up(crew, ff, act, job, piece // each, piece % each * STRIP, follow)
         mine += 1
         piece = take(crew, phase, pieces)
     finish(crew, phase, mine, pieces)
@@ -315,7 +319,7 @@ def feed_forward(crew, phase, ff, act, job, total, then):
     then: (rows of the Sum, 0 if it has to wait; the address that this thread reads next).
     """
     tokens, after = then
-    _inner_products(crew, phase, ff, act, job)
+    _hidden(crew, phase, ff, act, job)
     each = strips(ff.down.rows)
     pieces, mine = job.parts * each, 0
     end = own(crew, pieces, crew.tid)[1]
@@ -324,7 +328,7 @@ def feed_forward(crew, phase, ff, act, job, total, then):
         part, start = piece // each, piece % each * STRIP
         first, last = job.first[part], job.first[part + 1]
         to = Job(job.places, job.target, first, last, job.out, job.width)
-        follow = _part_place(ff.down, job, piece + 1) if piece + 1 < end else after
+        follow = _part_place(ff.down, job, piece + 1, STRIP) if piece + 1 < end else after
         down = _move(ff.down, job.base[part])
         multiply(down, job.hidden, to, start, min(start + STRIP, ff.down.rows), follow)
         mine += 1

@@ -15,6 +15,7 @@ from moelite import ops
 from moelite.arch import Arch, Attention, GatedMLP, Layer, Linear, MoE, Norm, Rope, TensorRef
 from moelite.attention import KV_FORMATS, AttentionShape, kv_row_bytes
 from moelite.dispatch import NO_MATRIX, matrix_of, new_act
+from moelite.errors import UnsupportedError
 from moelite.kv import KVCache
 from moelite.program import (
     AttentionWeights,
@@ -26,17 +27,27 @@ from moelite.program import (
     Shaping,
     Sum,
 )
-from moelite.quant.base import F32, U8, Matrix, RecordLayout, pad
+from moelite.quant import FORMATS
+from moelite.quant.base import (
+    F32,
+    U8,
+    Matrix,
+    RecordLayout,
+    empty_packed,
+    pad,
+    pair_rows,
+    put_half,
+)
 from moelite.routing import Rule
 from moelite.words import I32
 from moelite.workspace import Workspace
 
 _NO_NORM = ops.NormWeights(ops.EMPTY, ops.EMPTY, 0, np.float32(0), False)
-_NO_PARTS = FeedForward(NO_MATRIX, NO_MATRIX, NO_MATRIX)
+_NO_PARTS = FeedForward(NO_MATRIX, NO_MATRIX)
 _NO_I32, _NO_I64 = np.zeros(0, np.int32), np.zeros(0, np.int64)
 _NO_ACT = new_act(0, 0, quantized=False)
 _NO_JOB = FeedForwardJob(
-    _NO_I64, _NO_I64, _NO_I32, _NO_I32, _NO_I32, _NO_ACT, ops.EMPTY, ops.EMPTY, 0, 0
+    _NO_I64, _NO_I64, _NO_I32, _NO_I32, _NO_I32, _NO_ACT, ops.EMPTY, 0, ops.EMPTY, 0, 0
 )
 _NO_SUM = Sum(ops.EMPTY, 0, 0, ops.EMPTY, ops.EMPTY, 0, ops.EMPTY)
 _NOTHING_ROUTED = Routed(
@@ -158,21 +169,34 @@ def attention_shape(spec: Attention, kv: KVCache) -> AttentionShape:
 
 
 def expert_parts(layout: RecordLayout, arena: U8) -> FeedForward:
-    """The three matrices of the expert whose record begins at the arena's first byte."""
-    fmt, wide = layout.format, (layout.expert_size, layout.hidden_size)
+    """The matrices of the expert whose record begins at the arena's first byte."""
+    fmt, hidden, size = layout.format, layout.hidden_size, layout.expert_size
     return FeedForward(
-        matrix_of(fmt, arena, layout.gate, *wide),
-        matrix_of(fmt, arena, layout.up, *wide),
-        matrix_of(fmt, arena, layout.down, *wide[::-1]),
+        matrix_of(fmt, arena, layout.gate_up, pair_rows(size), hidden),
+        matrix_of(fmt, arena, layout.down, hidden, size),
+    )
+
+
+def load_gated(source: WeightSource, spec: GatedMLP) -> FeedForward:
+    """A dense part's matrices, gate and up interleaved, one of them at a time held twice."""
+    fmt, (rows, cols) = source.format_of(spec.gate.weight.key), (spec.gate.rows, spec.gate.cols)
+    if source.format_of(spec.up.weight.key) != fmt:
+        raise UnsupportedError(f"{spec.gate.weight.key} and {spec.up.weight.key} differ in format")
+    tile = FORMATS[fmt].tile_bytes(cols)
+    both = empty_packed(FORMATS[fmt], pair_rows(rows), cols)
+    for half, part in enumerate((spec.gate, spec.up)):
+        put_half(both, half, source.read(part.weight.key), tile)
+    return FeedForward(
+        matrix_of(fmt, both, 0, pair_rows(rows), cols), load_matrix(source, spec.down)
     )
 
 
 def _dense(source: WeightSource, spec: GatedMLP, gate: Linear | None, work: Workspace) -> Dense:
-    parts = FeedForward(*(load_matrix(source, part) for part in (spec.gate, spec.up, spec.down)))
-    hidden, up = work.mlp(spec, work.chunk)
+    parts, hidden = load_gated(source, spec), work.mlp(spec, work.chunk)
+    scratch, each = work.scratch.reshape(-1), work.scratch.shape[1]
     rows, y, width = work.rows, work.y.reshape(-1), work.y.shape[1]
     base, gates = work.start, work.shared_gate.reshape(-1)
-    job = FeedForwardJob(base, work.span, rows, rows, rows, hidden, up, y, width, 1)
+    job = FeedForwardJob(*(base, work.span, rows, rows, rows, hidden, scratch, each, y, width, 1))
     x, ones = work.x.reshape(-1), work.ones.reshape(-1)
     factor = ops.EMPTY if gate is None else gates
     total = Sum(x, work.x.shape[1], spec.down.rows, y, ones, 1, factor)
@@ -184,11 +208,13 @@ def _routed(
 ) -> Routed:
     router, parts = spec.router, expert_parts(layout, experts.arena)
     k = router.top_k
-    hidden, up = work.mlp(spec.experts, work.chunk * k)
+    hidden = work.mlp(spec.experts, work.chunk * k)
+    scratch, each = work.scratch.reshape(-1), work.scratch.shape[1]
     out, width = work.parts.reshape(-1), work.parts.shape[1]
     first, target = work.expert_first, work.expert_target
+    base, rows = work.expert_base[:k], work.rows
     job = FeedForwardJob(
-        work.expert_base[:k], first, work.zeros, target, work.rows, hidden, up, out, width, k
+        *(base, first, work.zeros, target, rows, hidden, scratch, each, out, width, k)
     )
     weights = work.weights[number, :k]
     size = parts.down.rows

@@ -3,6 +3,7 @@
 Every function takes the target it emits for, so that code for a CPU which is not here can be made
 and looked at, or run under an emulator. All targets give the same bits:
 
+    vbmi     as vnni, and AVX-512-VBMI: vpermb looks bytes up by their low bits, whatever the others
     vnni     x86 with AVX-VNNI or AVX-512-VNNI+VL: vpdpbusd, 32 products in one instruction
     avx2     vpmaddubsw (int16 pair sums, which saturate: see `dot_u7`) + vpmaddwd
     neon     aarch64 with dot products: two sdot of 16 products
@@ -16,7 +17,8 @@ from typing import Any
 
 from llvmlite import ir
 
-TARGETS = ("vnni", "avx2", "neon", "plain")
+TARGETS = ("vbmi", "vnni", "avx2", "neon", "plain")
+VNNI = ("vbmi", "vnni")
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 F32X8, I32X8 = ir.VectorType(ir.FloatType(), 8), ir.VectorType(I32, 8)
@@ -72,7 +74,7 @@ def dot_u7(b: Any, target: str, acc: Any, w: Any, x: Any) -> Any:
 
     On avx2 two products are first summed in int16: 2 * 127 * 127 = 32,258 < 32,768, so it is exact.
     """
-    if target == "vnni":
+    if target in VNNI:
         args = [acc, b.bitcast(w, I32X8), b.bitcast(x, I32X8)]
         return call(b, "llvm.x86.avx512.vpdpbusd.256", I32X8, args)
     if target == "avx2":
@@ -98,8 +100,22 @@ def dot_i8(b: Any, target: str, acc: Any, w: Any, x: Any) -> Any:
 # --- tables -------------------------------------------------------------------------------------
 
 
-def lookup16(b: Any, target: str, table: Any, index: Any) -> Any:
-    """table[index] for 32 indices 0..15; table: 16 bytes, in both halves of the vector."""
+def lookup_low(b: Any, target: str, table: Any, v: Any) -> Any:
+    """table[v & 15] for 32 bytes v; table: 16 bytes, in both halves of the vector."""
+    if target == "vbmi":  # reads 5 bits, and the table is there twice
+        return call(b, "llvm.x86.avx512.permvar.qi.256", I8X32, [table, v])
+    return _lookup16(b, target, table, b.and_(v, ir.Constant(I8X32, [15] * 32)))
+
+
+def lookup_high(b: Any, target: str, table: Any, v: Any) -> Any:
+    """table[v >> 4] for 32 unsigned bytes v."""
+    four = ir.Constant(I16X16, [4] * 16)  # AVX2 has no byte shift: a neighbour's bits come along
+    shifted = b.bitcast(b.lshr(b.bitcast(v, I16X16), four), I8X32)
+    return lookup_low(b, target, table, shifted)
+
+
+def _lookup16(b: Any, target: str, table: Any, index: Any) -> Any:
+    # index: 0..15
     if target in ("vnni", "avx2"):
         return call(b, "llvm.x86.avx2.pshuf.b", I8X32, [table, index])
     if target == "neon":

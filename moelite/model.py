@@ -195,11 +195,12 @@ class Decoder:
         work, (target, first), k = self.work, positions, mlp.router.top_k
         base = np.array(slots, np.int64) * self._experts.record_bytes
         source = target // np.int32(k)
-        hidden, up = work.mlp(mlp.experts, work.chunk * k)
+        hidden = work.mlp(mlp.experts, work.chunk * k)
+        scratch, each = work.scratch.reshape(-1), work.scratch.shape[1]
         out, width = work.parts.reshape(-1), work.parts.shape[1]
+        rows, parts = work.rows, len(slots)
         job = FeedForwardJob(
-            *(base, first, source, target, work.rows),
-            *(hidden, up, out, width, len(slots)),
+            *(base, first, source, target, rows, hidden, scratch, each, out, width, parts)
         )
         x, size = work.x.reshape(-1), self._parts.down.rows
         total = Sum(x, work.x.shape[1], size, out, weights, k, ops.EMPTY)
@@ -215,12 +216,12 @@ def _active_weights(arch: Arch) -> int:
         parts = [a.q, a.k, a.v, a.o]
         if isinstance(mlp, MoE):
             e = mlp.experts
-            total += mlp.router.top_k * sum(p.rows * p.cols for p in (e.gate, e.up, e.down))
+            total += mlp.router.top_k * sum(p.rows * p.cols for p in e.matrices)
             parts.append(mlp.router.linear)
             dense = mlp.shared
         else:
             dense = mlp
         if dense is not None:
-            parts += [dense.gate, dense.up, dense.down]
+            parts += dense.matrices
         total += sum(part.rows * part.cols for part in parts)
     return total

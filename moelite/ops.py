@@ -108,11 +108,12 @@ def clamp_run(x, at, size, limit):
 
 
 @inlined
-def silu_gate_8(gate, up, at):
-    """gate[at : at + 8] = silu(gate) * up, with silu(g) = g / (1 + exp(-g))."""
-    g = load_f32(gate, at)
+def silu_gate_8(both, at, out, to):
+    """out[to : to + 8] = silu(gate) * up, with silu(g) = g / (1 + exp(-g)); both[at:]: 8 of gate,
+    then 8 of up."""
+    g = load_f32(both, at)
     s = add_f32(splat_f32(np.float32(1)), exp_f32(sub_f32(zero_f32(), g)))
-    store_f32(gate, at, mul_f32(div_f32(g, s), load_f32(up, at)))
+    store_f32(out, to, mul_f32(div_f32(g, s), load_f32(both, at + 8)))
 
 
 # --- rotary embedding ---------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import psutil
 from moelite.arch import TensorRef
 from moelite.checkpoint import Source, read
 from moelite.errors import BudgetError, MoeliteError, StoreError
-from moelite.inventory import DenseItem, Inventory, expert_parts
+from moelite.inventory import DenseItem, Inventory
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
 from moelite.quant.base import TILE_ROWS, U8, QuantFormat
@@ -107,11 +107,11 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
         )  # compiles, so that it counts below
     refs = [item.ref for item in inventory.items.values()]
     for mlp in inventory.layers.values():
-        refs += [part.weight.at(0) for part, _ in expert_parts(inventory.layout, mlp.experts)]
+        refs += [part.weight.at(0) for part in mlp.experts.matrices]
     columns = [item.spec.shape[-1] for item in inventory.items.values()]
     columns += [inventory.layout.hidden_size, inventory.layout.expert_size]
     chunk = max(4 * cols * _chunk_rows(cols) for cols in columns)
-    each = inventory.layout.record_bytes + chunk * _PACK_FACTOR
+    each = 2 * inventory.layout.record_bytes + chunk * _PACK_FACTOR  # three parts, and the record
     each += max(_held_bytes(source, ref) for ref in refs)
     base = rss_bytes() + _SLACK_BYTES
     if base + each > budget:

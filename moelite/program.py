@@ -75,11 +75,11 @@ class LayerBuffers(NamedTuple):
 class FeedForward(NamedTuple):
     """The matrices of gated feed-forward parts: a dense one, or experts that share an arena.
 
-    Expert j's gate begins at gate.packed[gate.base + base[j]], and so on, with `base` of the job.
+    gate_up: gate and up interleaved tile by tile. Expert j's begins at
+    gate_up.packed[gate_up.base + base[j]], and so on, with `base` of the job.
     """
 
-    gate: Matrix
-    up: Matrix
+    gate_up: Matrix
     down: Matrix
 
 
@@ -87,8 +87,8 @@ class FeedForwardJob(NamedTuple):
     """Which parts compute which rows: part j computes positions first[j] .. first[j + 1].
 
     source [P] int32: activation row of position p. target [P] int32: row of `out` it writes.
-    hidden: the Act that feeds `down`, its x [P, width] the gate's output; up float32 [P * width].
-    parts: how many of them, the length of base.
+    hidden: the Act [P] that feeds `down`. scratch float32 [threads * scratch_width]: a strip of
+    gate_up's products, for all positions of a part. parts: how many of them, the length of base.
     """
 
     base: I64
@@ -97,7 +97,8 @@ class FeedForwardJob(NamedTuple):
     target: I32
     places: I32  # 0 .. P - 1: the workspace row of each position
     hidden: Act
-    up: F32
+    scratch: F32
+    scratch_width: int
     out: F32
     width: int
     parts: int
@@ -138,7 +139,7 @@ class Routed(NamedTuple):
 
 
 class Dense(NamedTuple):
-    """A dense feed-forward part, or the shared expert; parts.gate.rows 0: none.
+    """A dense feed-forward part, or the shared expert; parts.down.rows 0: none.
 
     gate: the one-row matrix whose product with a token goes to gates [T * 8]; 0 rows: none.
     """

@@ -52,7 +52,6 @@ i8x32 = Simd("i8", 32)
 _F8, _I8, _B32 = f32x8.llvm, i32x8.llvm, i8x32.llvm
 _H8 = ir.VectorType(ir.HalfType(), 8)
 _W8 = ir.VectorType(ir.IntType(16), 8)
-_W16 = ir.VectorType(ir.IntType(16), 16)
 
 
 def _splat(builder: Any, value: Any, vector: Any) -> Any:
@@ -116,23 +115,6 @@ def _storer(value: Any, memory: Any, narrow: Callable[..., Any]) -> Any:
         return types.void(arr, off, value), codegen
 
     return store
-
-
-def _prefetch(typingctx, arr, off):
-    def codegen(context, builder, signature, args):
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        place = builder.bitcast(builder.gep(array.data, [args[1]]), ir.IntType(8).as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-        name = "llvm.prefetch.p0"
-        word = cgutils.get_or_insert_function(builder.module, kind, name)
-        builder.call(word, [place, *(ir.Constant(_I32, n) for n in (0, 3, 1))])  # read, keep, data
-        return context.get_dummy_value()
-
-    return types.void(arr, off), codegen
-
-
-# prefetch(array, offset): asks for the cache line there, which may lie past the array's end
-prefetch: Any = intrinsic(_prefetch)
 
 
 def _same(builder: Any, value: Any) -> Any:
@@ -238,16 +220,6 @@ add_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.add(x, y))
 to_f32 = _word(f32x8, (i32x8,), lambda b, x: b.sitofp(x, _F8))
 splat_i8 = _word(i8x32, (types.int8,), lambda b, x: _splat(b, x, _B32))
 add_i8 = _word(i8x32, (i8x32, i8x32), lambda b, x, y: b.add(x, y))  # wraps
-low_nibbles = _word(i8x32, (i8x32,), lambda b, v: b.and_(v, ir.Constant(_B32, [15] * 32)))
-
-
-def _high(b: Any, v: Any) -> Any:
-    # a 16-bit shift then a mask: AVX2 has no byte shift
-    w = b.lshr(b.bitcast(v, _W16), ir.Constant(_W16, [4] * 16))
-    return b.and_(b.bitcast(w, _B32), ir.Constant(_B32, [15] * 32))
-
-
-high_nibbles = _word(i8x32, (i8x32,), _high)
 splat4 = _loader(i8x32, _I32, lambda b, v: b.bitcast(_splat(b, v, _I8), _B32))  # 4 bytes, 8 times
 load_table16 = _loader(  # a 16-byte table, in both halves
     i8x32,
@@ -256,9 +228,12 @@ load_table16 = _loader(  # a 16-byte table, in both halves
 )
 
 
-lookup16 = _word(
-    i8x32, (i8x32, i8x32), lambda b, *a: lowering.lookup16(b, TARGET, *a)
-)  # table[index], indices 0..15
+lookup_low = _word(  # table[v & 15]
+    i8x32, (i8x32, i8x32), lambda b, *a: lowering.lookup_low(b, TARGET, *a)
+)
+lookup_high = _word(  # table[v >> 4]
+    i8x32, (i8x32, i8x32), lambda b, *a: lowering.lookup_high(b, TARGET, *a)
+)
 
 
 dot_u7 = _word(i32x8, (i32x8, i8x32, i8x32), lambda b, *a: lowering.dot_u7(b, TARGET, *a))

@@ -60,7 +60,7 @@ _TOKENS_AT = 2 + _SUM_AT + size_of(Sum)
 _buffers, _router_matrix = field(LayerWords, "buffers"), field(LayerWords, "attention.router")
 _routed, _dense_part = field(LayerWords, "routed"), field(LayerWords, "dense")
 _top_k = field(LayerWords, "routed.rule.top_k")
-_dense_rows = field(LayerWords, "dense.parts.gate.rows")
+_dense_rows = field(LayerWords, "dense.parts.down.rows")
 
 
 @inner

@@ -18,7 +18,7 @@ from moelite.errors import StoreError
 from moelite.quant.base import PAGE, RecordLayout, record_layout
 from moelite.tensorfile import Header, build_header
 
-VERSION = 1
+VERSION = 2
 MANIFEST = "moelite.json"
 PARTIAL = "moelite.partial.json"
 DENSE = "dense.safetensors"

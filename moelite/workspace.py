@@ -7,8 +7,9 @@ import numpy as np
 from moelite.arch import Arch, GatedMLP, MoE
 from moelite.attention import scratch_floats
 from moelite.dispatch import act_bytes, new_act
+from moelite.kernels import PAIRED
 from moelite.program import LayerBuffers
-from moelite.quant.base import F32, Act, pad
+from moelite.quant.base import Act, pad
 
 
 def _mlp_shapes(arch: Arch, chunk: int) -> set[tuple[int, int]]:
@@ -34,10 +35,11 @@ def _widths(arch: Arch) -> tuple[int, int, int, int]:
     return q, k, experts, max((m.router.top_k for m in moes), default=0)
 
 
-def _scratch(arch: Arch) -> int:
-    """float32 that attention needs for each thread."""
+def _scratch(arch: Arch, chunk: int) -> int:
+    """float32 that each thread needs: for attention, or for a strip of gate and up of a chunk."""
     attentions = [layer.attention for layer in arch.layers]
-    return max(scratch_floats(a.num_heads, a.num_kv_heads, a.head_dim) for a in attentions)
+    most = max(scratch_floats(a.num_heads, a.num_kv_heads, a.head_dim) for a in attentions)
+    return max(most, chunk * PAIRED)
 
 
 def workspace_bytes(arch: Arch, chunk: int, threads: int) -> int:
@@ -49,9 +51,9 @@ def workspace_bytes(arch: Arch, chunk: int, threads: int) -> int:
     for cols in {layer.attention.o.cols for layer in arch.layers}:
         total += act_bytes(chunk, cols, quantized=True)
     for count, inner in _mlp_shapes(arch, chunk):
-        total += act_bytes(count, inner, quantized=True) + 4 * count * pad(inner, 32)
+        total += act_bytes(count, inner, quantized=True)
     routes = 8 * len(arch.layers) * top_k + 4 * experts + 16 * top_k + 8 * max(top_k, 1) + 32
-    return total + 4 * threads * _scratch(arch) + routes
+    return total + 4 * threads * _scratch(arch, chunk) + routes
 
 
 class Workspace:
@@ -59,7 +61,7 @@ class Workspace:
 
     x [T, H8] residual; normed: Act of H; q, k, v [T, ...]; attended[N * D]: Act; y [T, H8];
     router_logits [T, E8]; ones [T, 1]; parts [T * K, H8] expert outputs by token and rank;
-    hidden[(rows, inner)]: Act, up[(rows, inner)]: float32, of each feed-forward part.
+    hidden[(rows, inner)]: Act of each feed-forward part. scratch [threads, ...].
     start [1] int64: 0. span [2] int64: 0 and the number of tokens in work. selected, weights
     [layers, K]: one token's experts; expert_base, expert_first, expert_target, zeros [K]: their
     job; router_scores [E].
@@ -84,11 +86,9 @@ class Workspace:
             for cols in {layer.attention.o.cols for layer in arch.layers}
         }
         self.hidden: dict[tuple[int, int], Act] = {}
-        self.up: dict[tuple[int, int], F32] = {}
         for count, inner in _mlp_shapes(arch, chunk):
             self.hidden[count, inner] = new_act(count, inner, quantized=True)
-            self.up[count, inner] = np.zeros(count * pad(inner, 32), np.float32)
-        self.scratch = np.zeros((threads, _scratch(arch)), np.float32)
+        self.scratch = np.zeros((threads, _scratch(arch, chunk)), np.float32)
         self.start = np.zeros(1, np.int64)
         self.span = np.array([0, 1])
         self.selected = np.zeros((len(arch.layers), top_k), np.int32)
@@ -121,6 +121,6 @@ class Workspace:
             self.rows,
         )
 
-    def mlp(self, part: GatedMLP, rows: int) -> tuple[Act, F32]:
-        """(hidden, up) of a feed-forward part computed over `rows` rows."""
-        return self.hidden[rows, part.gate.rows], self.up[rows, part.gate.rows]
+    def mlp(self, part: GatedMLP, rows: int) -> Act:
+        """The hidden activations of a feed-forward part computed over `rows` rows."""
+        return self.hidden[rows, part.gate.rows]

@@ -6,6 +6,7 @@ numba kernel that multiplies straight from the bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ U8 = npt.NDArray[np.uint8]
 
 TILE_ROWS = 8  # rows of a tile: one 32-bit lane of a 256-bit vector each
 BLOCK = 32  # columns that share a scale
+GROUP = 8  # blocks whose scales lie together, before their codes
 ALIGN = 64  # a matrix inside a record starts on a cache line
 PAGE = 4096  # a record is a whole number of pages, for O_DIRECT
 
@@ -121,6 +123,49 @@ class QuantFormat(Protocol):
         ...
 
 
+class TileLayout:
+    """A tile as one run of bytes, read front to back: a head, then groups of up to GROUP blocks,
+    each the scales of GROUP blocks (unused ones zero) and the codes of those that are there.
+
+    head, scale_bytes, code_bytes: of a tile, of a block. All parts are whole cache lines. A stream
+    without gaps or side streams is what processors prefetch best (docs/LOG.md).
+    """
+
+    def __init__(self, head: int, scale_bytes: int, code_bytes: int) -> None:
+        self.head, self.scale_bytes, self.code_bytes = head, scale_bytes, code_bytes
+
+    def tile_bytes(self, cols: int) -> int:
+        """Bytes of a tile of `cols` columns."""
+        blocks = pad(cols, BLOCK) // BLOCK
+        return self.head + pad(blocks, GROUP) * self.scale_bytes + blocks * self.code_bytes
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        """Bytes of a [rows, cols] matrix: its tiles one after another."""
+        return pad(rows, TILE_ROWS) // TILE_ROWS * self.tile_bytes(cols)
+
+    def heads(self, packed: U8, cols: int) -> U8:
+        """uint8 [tiles, head], a view."""
+        return packed.reshape(-1, self.tile_bytes(cols))[:, : self.head]
+
+    def groups(self, packed: U8, cols: int) -> Iterator[tuple[slice, U8, U8]]:
+        """(its blocks, scales [tiles, n, scale_bytes], codes [tiles, n, code_bytes]) of each group,
+        as writable views of a packed matrix, or of some of its tiles.
+        """
+        tiles = packed.reshape(-1, self.tile_bytes(cols))
+        blocks, at = pad(cols, BLOCK) // BLOCK, self.head
+        for first in range(0, blocks, GROUP):
+            n = min(GROUP, blocks - first)
+            scales = tiles[:, at : at + n * self.scale_bytes]
+            at += GROUP * self.scale_bytes
+            codes = tiles[:, at : at + n * self.code_bytes]
+            at += n * self.code_bytes
+            yield (
+                slice(first, first + n),
+                scales.reshape(len(tiles), n, self.scale_bytes),
+                codes.reshape(len(tiles), n, self.code_bytes),
+            )
+
+
 def empty_packed(fmt: QuantFormat, rows: int, cols: int) -> U8:
     """Zeroed uint8 [nbytes] to pack into, starting on a cache line."""
     size = fmt.nbytes(rows, cols)
@@ -165,35 +210,76 @@ def check_packed(fmt: QuantFormat, packed: U8, rows: int, cols: int) -> U8:
     return packed
 
 
+def pair_rows(rows: int) -> int:
+    """Rows of two [rows, I] matrices that lie interleaved, tile by tile in turn."""
+    return 2 * pad(rows, TILE_ROWS)
+
+
+def put_half(out: U8, half: int, part: U8, tile_bytes: int) -> None:
+    """Writes a packed matrix as every other tile of `out`, from tile `half`, 0 or 1, on.
+
+    out: uint8 [nbytes(pair_rows(rows), cols)], zero where a format ends with its last row.
+    """
+    tiles, whole = out.reshape(-1, 2, tile_bytes), part.size // tile_bytes
+    tiles[:whole, half] = part[: whole * tile_bytes].reshape(whole, tile_bytes)
+    if rest := part.size - whole * tile_bytes:
+        tiles[whole, half, :rest] = part[whole * tile_bytes :]
+
+
+def take_half(both: U8, half: int, nbytes: int, tile_bytes: int) -> U8:
+    """The packed matrix of `nbytes` that `put_half` wrote."""
+    return both.reshape(-1, 2, tile_bytes)[:, half].reshape(-1)[:nbytes].copy()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordLayout:
-    """Where gate, up and down of one expert lie in its record.
+    """Where the matrices of one expert lie in its record.
 
-    gate and up are [expert_size, hidden_size], down is [hidden_size, expert_size], all in `format`.
-    Offsets are bytes from the record's start; record_bytes is a multiple of PAGE.
+    gate_up: gate and up, both [expert_size, hidden_size], interleaved tile by tile, so that the
+    kernel reads them as one stream and has both halves of an activation at hand. down is
+    [hidden_size, expert_size]. All in `format`. Offsets are bytes from the record's start;
+    record_bytes is a multiple of PAGE.
     """
 
     format: str
     hidden_size: int
     expert_size: int
-    gate: int
-    up: int
+    gate_up: int
     down: int
     payload_bytes: int
     record_bytes: int
 
 
 def record_layout(fmt: QuantFormat, hidden_size: int, expert_size: int) -> RecordLayout:
-    """The layout of one expert of `fmt`: gate, up, down, each on a cache line."""
-    wide = pad(fmt.nbytes(expert_size, hidden_size), ALIGN)
-    payload = 2 * wide + fmt.nbytes(hidden_size, expert_size)
+    """The layout of one expert of `fmt`: gate and up, then down, each on a cache line."""
+    wide = pad(fmt.nbytes(pair_rows(expert_size), hidden_size), ALIGN)
+    payload = wide + fmt.nbytes(hidden_size, expert_size)
     return RecordLayout(
         format=fmt.name,
         hidden_size=hidden_size,
         expert_size=expert_size,
-        gate=0,
-        up=wide,
-        down=2 * wide,
+        gate_up=0,
+        down=wide,
         payload_bytes=payload,
         record_bytes=pad(payload, PAGE),
     )
+
+
+def fill_record(fmt: QuantFormat, layout: RecordLayout, gate: U8, up: U8, down: U8) -> U8:
+    """The record [record_bytes] of one expert, from its packed matrices."""
+    record = np.zeros(layout.record_bytes, np.uint8)
+    both = record[: fmt.nbytes(pair_rows(layout.expert_size), layout.hidden_size)]
+    tile = fmt.tile_bytes(layout.hidden_size)
+    put_half(both, 0, gate, tile)
+    put_half(both, 1, up, tile)
+    record[layout.down : layout.payload_bytes] = down
+    return record
+
+
+def open_record(fmt: QuantFormat, layout: RecordLayout, record: U8) -> tuple[U8, U8, U8]:
+    """(gate, up, down), packed, of a record."""
+    shape = (layout.expert_size, layout.hidden_size)
+    both = record[: fmt.nbytes(pair_rows(shape[0]), shape[1])]
+    tile, size = fmt.tile_bytes(shape[1]), fmt.nbytes(*shape)
+    down = record[layout.down : layout.payload_bytes].copy()
+    return take_half(both, 0, size, tile), take_half(both, 1, size, tile), down

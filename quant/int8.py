@@ -4,9 +4,10 @@
     |error| <= scale / 2 (+ 2^-11 of |w| where rounding the scale to fp16 clips the largest code)
 
 Layout of a [O, I] matrix, O padded to 8 rows (tiles) and I to 32 columns (blocks), zero filled:
-    codes   int8 [tiles, blocks, 8 groups, 8 rows, 4 columns]: 256 bytes a tile and block; a 32-byte
-            vector holds 4 neighbouring columns of 8 rows, one 32-bit lane each
-    scales  fp16 [tiles, blocks, 8 rows]
+tiles one after another, each, for every 8 blocks (fewer at the end),
+    scales  fp16 [8 blocks, 8 rows]; of blocks that are not there, zero
+    codes   int8 [blocks, 8 groups, 8 rows, 4 columns]: 256 bytes a block; a 32-byte vector holds 4
+            neighbouring columns of 8 rows, one 32-bit lane each
 
 Multiplication takes activations as two int8 planes, 16 bits in all: one plane would be most of the
 error (KL divergence on smollm2-moe .0034, with two .0009). Two exact int32 dot products a
@@ -18,19 +19,20 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.errors import QuantizationError
-from moelite.jit import TARGET, inlined, inner
+from moelite.jit import VNNI, inlined, inner
 from moelite.quant.base import (
     BLOCK,
     F32,
+    GROUP,
     TILE_ROWS,
     U8,
+    TileLayout,
     check_packed,
     check_weight,
     pack_whole,
     pad,
 )
-from moelite.quant.tiles import MANY, make_fine_block, make_many
-from moelite.raw import address, prefetch_at
+from moelite.quant.tiles import MANY, ask, make_fine_block, make_many
 from moelite.simd import (
     Narrow,
     add_i8,
@@ -48,98 +50,96 @@ from moelite.simd import (
     zero_f32,
 )
 
-AHEAD = 8192  # bytes; 2 to 8 KiB measured alike, 8 KiB best where memory is quiet
-_CODES, _SCALES = TILE_ROWS * BLOCK, TILE_ROWS * 2  # bytes of a tile and block
+LAYOUT = TileLayout(head=0, scale_bytes=TILE_ROWS * 2, code_bytes=TILE_ROWS * BLOCK)
+_GROUP_BYTES = GROUP * (16 + 256)
 
-
-_block = make_fine_block(Narrow, dot_i8, 0, "int8.one")
+# vnni multiplies unsigned bytes: codes are taken 128 too high, which turns their sign bit. Others
+# take them as they are.
+_SHIFT = np.int8(-128) if VNNI else np.int8(0)
+_WORDS = (dot_u7, 2) if VNNI else (dot_i8, 0)
+_dot = make_fine_block(Narrow, *_WORDS, "int8.one")
 
 
 @inlined
 def _load(packed, at):
+    shift = splat_i8(_SHIFT)
     return (
-        load_i8x32(packed, at),
-        load_i8x32(packed, at + 32),
-        load_i8x32(packed, at + 64),
-        load_i8x32(packed, at + 96),
-        load_i8x32(packed, at + 128),
-        load_i8x32(packed, at + 160),
-        load_i8x32(packed, at + 192),
-        load_i8x32(packed, at + 224),
+        add_i8(load_i8x32(packed, at), shift),
+        add_i8(load_i8x32(packed, at + 32), shift),
+        add_i8(load_i8x32(packed, at + 64), shift),
+        add_i8(load_i8x32(packed, at + 96), shift),
+        add_i8(load_i8x32(packed, at + 128), shift),
+        add_i8(load_i8x32(packed, at + 160), shift),
+        add_i8(load_i8x32(packed, at + 192), shift),
+        add_i8(load_i8x32(packed, at + 224), shift),
     )
 
 
 @inlined
-def _one(packed, codes, scales, act, token, ahead):
-    # ahead: addresses to prefetch from, before and from block `turn` on
-    acc = zero_f32()
-    near, far, turn = ahead
-    for b in range(act.blocks):
-        where = (near if b < turn else far) + b * 256
-        prefetch_at(where)
-        prefetch_at(where + 64)
-        prefetch_at(where + 128)
-        prefetch_at(where + 192)
-        k = token * act.blocks + b
-        scale = mul_f32(load_f16(packed, scales + b * 16), splat_f32_at(act.scale, k))
-        acc = fma_f32(_block(_load(packed, codes + b * 256), act, k), scale, acc)
+def _block(packed, scales, codes, act, k, acc):
+    # acc + one block; scales, codes: where its bytes are; k: of the activations
+    scale = mul_f32(load_f16(packed, scales), splat_f32_at(act.scale, k))
+    return fma_f32(_dot(_load(packed, codes), act, k), scale, acc)
+
+
+@inlined
+def _one(packed, tile, act, token):
+    # a tile, its bytes from packed[tile], times one token
+    acc, k, at = zero_f32(), token * act.blocks, tile
+    for _ in range(act.blocks // GROUP):
+        for b in range(GROUP):
+            acc = _block(packed, at + b * 16, at + 128 + b * 256, act, k + b, acc)
+        at, k = at + _GROUP_BYTES, k + GROUP
+    for b in range(act.blocks % GROUP):
+        acc = _block(packed, at + b * 16, at + 128 + b * 256, act, k + b, acc)
     return acc
 
 
-# vnni multiplies bytes up to 255: a code is then stored 128 too high. Elsewhere it stays signed.
-_SHIFT = np.int8(-128) if TARGET == "vnni" else np.int8(0)
-
-
 @inner
-def _unpack_tile(matrix, tile, blocks, out, lanes):
-    # one tile as lanes out.lane .. + 8 of groups of `lanes` rows: codes + _SHIFT, and scales
-    packed = matrix.packed
-    tiles = (matrix.rows + 7) // 8
+def _unpack_tile(packed, tile, blocks, out, lanes):
+    # a tile as lanes out.lane .. + 8 of groups of `lanes` rows: codes + _SHIFT, and scales
     codes, scales, last, lane = out
     shift = splat_i8(_SHIFT)
     for b in range(blocks):
-        at = matrix.base + (tile * blocks + b) * 256
+        group = tile + b // GROUP * _GROUP_BYTES
+        at = group + 128 + b % GROUP * 256
         for g in range(8):
             w = add_i8(load_i8x32(packed, at + g * 32), shift)
             store_i8x32(codes, (b * 8 + g) * lanes * 4 + lane * 4, w)
-        scale = load_f16(packed, matrix.base + tiles * blocks * 256 + (tile * blocks + b) * 16)
-        store_f32(scales, b * lanes + lane, scale)
+        store_f32(scales, b * lanes + lane, load_f16(packed, group + b % GROUP * 16))
     store_f32(last, lane, splat_f32(np.float32(1)))
 
 
-_WORDS = (dot_u7, 2) if TARGET == "vnni" else (dot_i8, 0)
 _many = make_many(_unpack_tile, make_fine_block, _WORDS, "int8")
 
 
 @inner
 def multiply(matrix, act, job, start, stop, follow):
-    first, last, nb = start // 8, (stop + 7) // 8, act.blocks
+    first, last = start // 8, (stop + 7) // 8
     if job.last - job.first >= MANY:
         _many(matrix, act, job, first, last)
         return
-    tiles = (matrix.rows + 7) // 8
     for tile in range(first, last):
-        codes = matrix.base + tile * nb * 256
-        scales = matrix.base + tiles * nb * 256 + tile * nb * 16
-        turn = max((last - first) * nb - AHEAD // 256, 0) - (tile - first) * nb
-        ahead = address(matrix.packed) + codes + AHEAD, follow - turn * 256, turn
+        at = matrix.base + tile * matrix.tile_bytes
+        if tile == last - 1:
+            ask(matrix, last, follow)
         for p in range(job.first, job.last):
-            acc = _one(matrix.packed, codes, scales, act, job.source[p], ahead)
+            acc = _one(matrix.packed, at, act, job.source[p])
             store_f32(job.out, job.target[p] * job.width + tile * 8, acc)
 
 
 @inner
 def row(matrix, r, out):
-    packed, blocks = matrix.packed, (matrix.cols + 31) // 32
-    first, lane = r // 8 * blocks, r % 8
-    scales_at = matrix.base + (matrix.rows + 7) // 8 * blocks * 256
+    packed, lane = matrix.packed, r % 8
+    tile = matrix.base + r // 8 * matrix.tile_bytes
     scales = np.empty(8, np.float32)
     for c in range(matrix.cols):
-        block = first + c // 32
+        b = c // 32
+        group = tile + b // GROUP * _GROUP_BYTES
         if c % 32 == 0:
-            store_f32(scales, 0, load_f16(packed, scales_at + block * 16))
-        code = np.int8(packed[matrix.base + block * 256 + (c % 32) // 4 * 32 + lane * 4 + c % 4])
-        out[c] = np.float32(code) * scales[lane]
+            store_f32(scales, 0, load_f16(packed, group + b % GROUP * 16))
+        at = group + 128 + b % GROUP * 256 + (c % 32) // 4 * 32 + lane * 4 + c % 4
+        out[c] = np.float32(np.int8(packed[at])) * scales[lane]
 
 
 class Int8:
@@ -149,10 +149,10 @@ class Int8:
     row = staticmethod(row)
 
     def tile_bytes(self, cols: int) -> int:
-        return pad(cols, BLOCK) // BLOCK * _CODES
+        return LAYOUT.tile_bytes(cols)
 
     def nbytes(self, rows: int, cols: int) -> int:
-        return pad(rows, TILE_ROWS) // TILE_ROWS * (pad(cols, BLOCK) // BLOCK) * (_CODES + _SCALES)
+        return LAYOUT.nbytes(rows, cols)
 
     def pack(self, weight: F32) -> U8:
         return pack_whole(self, check_weight(self.name, weight))
@@ -170,25 +170,24 @@ class Int8:
         step = scale.astype(np.float32)[:, :, None]
         inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
         codes = np.clip(np.rint(full * inverse), -127, 127).astype(np.int8)
-        codes_at, scales_at = self._views(packed, rows, cols)
-        first, last = start // TILE_ROWS, (start + n) // TILE_ROWS
-        split = codes.reshape(-1, TILE_ROWS, blocks, 8, 4)
-        codes_at[first:last] = split.transpose(0, 2, 3, 1, 4)
-        scales_at[first:last] = scale.reshape(-1, TILE_ROWS, blocks).transpose(0, 2, 1)
+        size, first = self.tile_bytes(cols), start // TILE_ROWS
+        tiles = packed[first * size : (first + n // TILE_ROWS) * size]
+        # [tile, row, block, group, column] -> [tile, block, group, row, column]
+        split = codes.reshape(-1, TILE_ROWS, blocks, 8, 4).transpose(0, 2, 3, 1, 4)
+        by_tile = scale.reshape(-1, TILE_ROWS, blocks).transpose(0, 2, 1)
+        for at, scales_at, codes_at in LAYOUT.groups(tiles, cols):
+            scales_at.view(np.float16)[...] = by_tile[:, at]
+            codes_at.view(np.int8)[...] = split[:, at].reshape(codes_at.shape)
 
     def unpack(self, packed: U8, rows: int, cols: int) -> F32:
-        codes, scales = self._views(check_packed(self, packed, rows, cols), rows, cols)
-        tiles, blocks = codes.shape[:2]
-        weight = codes.transpose(0, 3, 1, 2, 4).reshape(tiles * TILE_ROWS, blocks, BLOCK)
-        scale = scales.transpose(0, 2, 1).reshape(tiles * TILE_ROWS, blocks, 1)
-        full = weight.astype(np.float32) * scale.astype(np.float32)
-        return full.reshape(tiles * TILE_ROWS, -1)[:rows, :cols].copy()
-
-    def _views(self, packed, rows, cols):
+        packed = check_packed(self, packed, rows, cols)
         tiles, blocks = pad(rows, TILE_ROWS) // TILE_ROWS, pad(cols, BLOCK) // BLOCK
-        split = tiles * blocks * _CODES
-        codes = packed[:split].view(np.int8).reshape(tiles, blocks, 8, TILE_ROWS, 4)
-        return codes, packed[split:].view(np.float16).reshape(tiles, blocks, TILE_ROWS)
+        full = np.empty((tiles, blocks, TILE_ROWS, BLOCK), np.float32)
+        for at, scales, codes in LAYOUT.groups(packed, cols):
+            found = codes.view(np.int8).reshape(tiles, -1, 8, TILE_ROWS, 4)
+            weight = found.transpose(0, 1, 3, 2, 4).reshape(tiles, -1, TILE_ROWS, BLOCK)
+            full[:, at] = weight * scales.view(np.float16).astype(np.float32)[..., None]
+        return full.transpose(0, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)[:rows, :cols].copy()
 
 
 FORMAT = Int8()

@@ -27,9 +27,9 @@ from moelite.errors import StoreError, UsageError
 from moelite.inventory import DenseItem, Inventory, take_inventory
 from moelite.models import build
 from moelite.packing import new_file, replace_file
-from moelite.quant import FORMATS
-from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8
-from moelite.quant.int4_pack import TABLE, views
+from moelite.quant import FORMATS, int8
+from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8, fill_record
+from moelite.quant.int4_pack import LAYOUT, TABLE, write_heads
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
@@ -155,20 +155,21 @@ INT8_RMS = math.sqrt(sum(n * n for n in range(-127, 128)) / 256)
 
 
 def _int4(packed: U8, shape: tuple[int, int], std: float, rng: np.random.Generator) -> None:
-    codes, scales, row_scales, table = views(packed, *shape)
-    fill(codes, rng)
-    scales[...] = spread_scales(scales.size, rng).reshape(scales.shape)
-    table[:] = TABLE
+    rows, cols = shape
     rms = math.sqrt(float(np.mean(TABLE.astype(np.float64) ** 2)))
-    row_scales[:] = std / (rms * SCALE_RMS)
+    fill(packed, rng)
+    LAYOUT.heads(packed, cols)[:] = 0
+    write_heads(packed, cols, np.full(rows, std / (rms * SCALE_RMS), np.float32), TABLE)
+    for _, scales, _ in LAYOUT.groups(packed, cols):
+        scales.view(np.int8)[...] = spread_scales(scales.size, rng).reshape(scales.shape)
 
 
 def _int8(packed: U8, shape: tuple[int, int], std: float, rng: np.random.Generator) -> None:
-    rows, cols = shape
-    fill_int8(packed[: rows * cols].view(np.int8), rng)
-    scales = packed[rows * cols :].view(np.float16)
-    size = np.abs(spread_scales(scales.size, rng))  # the codes have either sign already
-    scales[:] = size * np.float32(std / (INT8_RMS * SCALE_RMS))
+    fill_int8(packed.view(np.int8), rng)
+    for _, scales, _ in int8.LAYOUT.groups(packed, shape[1]):
+        halves = scales.view(np.float16)
+        size = np.abs(spread_scales(halves.size, rng))  # the codes have either sign already
+        halves[...] = (size * np.float32(std / (INT8_RMS * SCALE_RMS))).reshape(halves.shape)
 
 
 _RANDOM = {"int4": _int4, "int8": _int8}
@@ -239,10 +240,10 @@ def _tensors(arch: Arch) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from _parts(layer.input_norm, layer.post_norm, a.q, a.k, a.v, a.o, a.q_norm, a.k_norm)
         mlp = layer.mlp
         if isinstance(mlp, GatedMLP):
-            yield from _parts(mlp.gate, mlp.up, mlp.down)
+            yield from _parts(*mlp.matrices)
             continue
         yield from _parts(mlp.router.linear)
-        for part in (mlp.experts.gate, mlp.experts.up, mlp.experts.down):
+        for part in mlp.experts.matrices:
             for expert in range(mlp.num_experts):
                 yield part.weight.at(expert).name, (part.rows, part.cols)
 
@@ -339,14 +340,14 @@ def _layer(path: Path, inventory: Inventory, layer: int, seed: int) -> None:
     header, at = layer_header(experts, layout.record_bytes)
     wide, tall = (layout.expert_size, layout.hidden_size), (layout.hidden_size, layout.expert_size)
     inner, outer = std_of(wide[1]), std_of(tall[1], len(inventory.arch.layers))
-    parts = (layout.gate, wide, inner), (layout.up, wide, inner), (layout.down, tall, outer)
+    parts = (wide, inner), (wide, inner), (tall, outer)
     fmt, size = FORMATS[layout.format], layout.record_bytes
     with new_file(path, at + experts * size) as fd:
         pwrite_all(fd, header, 0)
-        record = np.zeros(size, np.uint8)
         for expert in range(experts):
             rng = generator(seed, 2, layer, expert)
-            for begin, shape, std in parts:
-                part = record[begin : begin + fmt.nbytes(*shape)]
+            packed = [np.zeros(fmt.nbytes(*shape), np.uint8) for shape, _ in parts]
+            for part, (shape, std) in zip(packed, parts, strict=True):
                 random_packed(layout.format, shape, std, rng, part)
+            record = fill_record(fmt, layout, *packed)
             pwrite_all(fd, record.data, at + expert * size)

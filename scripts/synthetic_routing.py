@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from synthetic import generator
@@ -32,14 +31,12 @@ def expert_use(path: Path, *, tokens: int = 64, seed: int = 0) -> list[LayerUse]
 
     counts: dict[int, np.ndarray] = {}
     with load(path, context=max(tokens, 16)) as model:
-        ask = model.experts.batches
 
-        def count(layer: int, experts: Any) -> Any:
-            np.add.at(counts[layer], np.asarray(list(experts)), 1)
-            return ask(layer, experts)
+        def count(layer: int, selected: np.ndarray) -> None:
+            np.add.at(counts[layer], selected.reshape(-1), 1)
 
         counts.update({i: np.zeros(n, np.int64) for i, n in model.store.manifest.layers.items()})
-        model.experts.batches = count  # type: ignore[method-assign]
+        model.on_route = count
         session = model.session()
         for token in generator(seed, 3).integers(0, model.arch.vocab_size, tokens):
             logits = session.advance([int(token)])

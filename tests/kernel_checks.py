@@ -9,11 +9,35 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+from llvmlite import binding
 
 from moelite import jit
 from moelite.dispatch import matrix_of, multiply, new_act, quantize_row
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, Job, pad
+
+# What makes numba compile for another target; the results are the same bits.
+FORCED = {
+    "vnni": {
+        "NUMBA_CPU_NAME": "cascadelake",
+        "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+f16c,+ssse3,+avx512f,+avx512vl,+avx512vnni,"
+        "+avx512bw,+avx512dq",
+    },
+    "avx2": {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+f16c,+ssse3",
+    },
+    "plain": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
+}
+_NEEDED = {"vnni": "avx512vnni", "avx2": "avx2"}
+
+
+def runs_here(target: str) -> bool:
+    """Whether this CPU runs code compiled for a target of FORCED."""
+    here = binding.get_process_triple().startswith("x86_64")
+    needed = _NEEDED.get(target)
+    return here and (needed is None or bool(binding.get_host_cpu_features().get(needed)))
+
 
 # Float32 sums of a few thousand terms, against the sum of their sizes.
 TOLERANCE = 1e-6

@@ -286,7 +286,7 @@ def test_a_store_of_another_version(model: Path, tmp_path: Path) -> None:
     out.mkdir()
     for name in ("moelite.partial.json", "moelite.json"):
         (out / name).write_text(json.dumps({"store_version": 3}))
-        with pytest.raises(StoreError, match="version 3; this moelite reads version 1"):
+        with pytest.raises(StoreError, match="version 3; this moelite reads version 2"):
             quantize(model, out, ram=None)
 
 

@@ -11,17 +11,8 @@ import kernel_checks
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite import binding
 
 from moelite.quant import FORMATS
-
-FORCED = {
-    "avx2": {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+f16c,+ssse3",
-    },
-    "plain": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
-}
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -43,14 +34,12 @@ def test_products_of_any_shape(fmt, rows, cols, tokens, base, seed) -> None:
     kernel_checks.random(fmt, seed, (rows, cols), tokens, base)
 
 
-@pytest.mark.parametrize("target", FORCED)
+@pytest.mark.parametrize("target", kernel_checks.FORCED)
 def test_kernels_compiled_for_other_targets(target: str) -> None:
-    if not binding.get_process_triple().startswith("x86_64"):
-        pytest.skip("x86 targets")
-    if target == "avx2" and not binding.get_host_cpu_features().get("avx2"):
-        pytest.skip("this CPU has no AVX2")
+    if not kernel_checks.runs_here(target):
+        pytest.skip(f"this CPU cannot run {target} code")
     program = Path(__file__).parent / "kernel_checks.py"
-    env = {**os.environ, **FORCED[target]}
+    env = {**os.environ, **kernel_checks.FORCED[target]}
     done = subprocess.run(
         [sys.executable, str(program)], env=env, capture_output=True, text=True, check=False
     )

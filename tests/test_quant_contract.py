@@ -13,7 +13,17 @@ from moelite.dispatch import matrix_of, multiply, new_act, quantize_row, unpack_
 from moelite.errors import QuantizationError
 from moelite.jit import kernel
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, Job, QuantFormat, empty_packed, pad, record_layout
+from moelite.quant.base import (
+    F32,
+    Job,
+    QuantFormat,
+    empty_packed,
+    fill_record,
+    open_record,
+    pad,
+    pair_rows,
+    record_layout,
+)
 
 # Largest squared error over squared weight on normal weights: what each format promises.
 ERROR = {"f32": 0.0, "bf16": 3e-6, "int8": 3.5e-5, "int4": 5.7e-3}
@@ -188,11 +198,12 @@ def test_int8_bytes_are_frozen() -> None:
     values = (4 * np.arange(8)[:, None] - np.arange(32)[None]).astype(np.float32)
     values[:, 31] = 127  # the block's largest: scale 1
     packed = FORMATS["int8"].pack(values)
-    codes = packed[:256].view(np.int8)
+    assert packed[:128].view(np.float16).tolist() == [1.0] * 8 + [0.0] * 56  # of 8 blocks
+    codes = packed[128:].view(np.int8)
     assert codes[:8].tolist() == [0, -1, -2, -3, 4, 3, 2, 1]  # columns 0-3 of rows 0 and 1
     assert codes[32:36].tolist() == [-4, -5, -6, -7]  # columns 4-7 of row 0
     assert codes[252:256].tolist() == [0, -1, -2, 127]  # columns 28-31 of row 7
-    assert packed[256:].view(np.float16).tolist() == [1.0] * 8
+    assert packed.size == 128 + 256
 
 
 def test_int4_bytes_are_frozen() -> None:
@@ -203,16 +214,57 @@ def test_int4_bytes_are_frozen() -> None:
     packed = FORMATS["int4"].pack(weight)
     np.testing.assert_allclose(FORMATS["int4"].unpack(packed, 8, 32), weight, rtol=1e-6)
     # byte 0: row 0, column 0 (code 0) low, column 4 (code 4) high
-    assert packed[0] == 0 | 4 << 4
-    assert packed[4] == 1 | 5 << 4  # row 1
-    assert packed[32] == 8 | 12 << 4  # next pair: columns 8 and 12 of row 0
-    assert packed[128:136].view(np.int8).tolist() == [127] * 8
-    assert packed[168:].view(np.int8).tolist() == table
+    codes = packed[64 + 64 :]
+    assert codes[0] == 0 | 4 << 4
+    assert codes[4] == 1 | 5 << 4  # row 1
+    assert codes[32] == 8 | 12 << 4  # next pair: columns 8 and 12 of row 0
+    assert codes.size == 128
+    assert packed[64:128].view(np.int8).tolist() == [127] * 8 + [0] * 56  # scales of 8 blocks
+    np.testing.assert_allclose(packed[:32].view(np.float32), 2 / 127, rtol=1e-6)
+    assert packed[32:48].view(np.int8).tolist() == table
+    assert not packed[48:64].any()
+
+
+def test_a_tile_is_one_run_of_bytes() -> None:
+    """11 blocks: a full group of 8, then one of 3, whose scales have the room of 8 all the same."""
+    for name, head, scale, code in (("int4", 64, 8, 128), ("int8", 0, 16, 256)):
+        fmt, cols = FORMATS[name], 11 * 32
+        assert fmt.tile_bytes(cols) == head + 2 * 8 * scale + 11 * code
+        assert fmt.nbytes(17, cols) == 3 * fmt.tile_bytes(cols)
+        weight = weights(24, cols)
+        packed = fmt.pack(weight)
+        # a tile by itself is a matrix
+        tile = packed[fmt.tile_bytes(cols) :][: fmt.tile_bytes(cols)].copy()
+        np.testing.assert_array_equal(fmt.unpack(tile, 8, cols), fmt.unpack(packed, 24, cols)[8:16])
+        # block 8 is the first of the second group
+        at = head + 8 * (scale + code)
+        changed = packed.copy()
+        changed[at : at + scale] = 0
+        gone = np.nonzero((fmt.unpack(changed, 24, cols) != fmt.unpack(packed, 24, cols)).any(0))[0]
+        assert set(gone) <= set(range(8 * 32, 9 * 32))
+        assert gone.size > 25
 
 
 def test_record_layout_is_whole_pages_and_cache_lines() -> None:
     layout = record_layout(FORMATS["int4"], 72, 40)
     assert layout.record_bytes % 4096 == 0
-    assert layout.up % 64 == layout.down % 64 == 0
-    assert layout.up >= FORMATS["int4"].nbytes(40, 72)
+    assert layout.down % 64 == 0
+    assert layout.down >= 2 * FORMATS["int4"].nbytes(40, 72)
     assert layout.payload_bytes == layout.down + FORMATS["int4"].nbytes(72, 40)
+
+
+@each_format
+@pytest.mark.parametrize("size", [40, 33, 7])
+def test_a_record_gives_its_matrices_back(fmt: QuantFormat, size: int) -> None:
+    """And its first part is a matrix of its own: 8 rows of gate, 8 of up, 8 of gate, ..."""
+    gate, up, down = weights(size, 72, 1), weights(size, 72, 2), weights(72, size, 3)
+    layout, parts = record_layout(fmt, 72, size), [fmt.pack(w) for w in (gate, up, down)]
+    record = fill_record(fmt, layout, *parts)
+    for part, found in zip(parts, open_record(fmt, layout, record), strict=True):
+        np.testing.assert_array_equal(part, found)
+    rows = pair_rows(size)
+    both = fmt.unpack(record[: fmt.nbytes(rows, 72)], rows, 72)
+    full = np.zeros((2, pad(size, 8), 72), np.float32)
+    full[0, :size], full[1, :size] = (fmt.unpack(p, size, 72) for p in parts[:2])
+    want = full.reshape(2, -1, 8, 72).transpose(1, 0, 2, 3).reshape(rows, 72)
+    np.testing.assert_array_equal(both, want)

@@ -8,17 +8,9 @@ import sys
 
 import numpy as np
 import pytest
+from kernel_checks import FORCED, runs_here
 
 from moelite import jit, simd
-
-TARGETS = {
-    "host": {},
-    "avx2": {
-        "NUMBA_CPU_NAME": "haswell",
-        "NUMBA_CPU_FEATURES": "+sse4.2,+avx,+avx2,+fma,+f16c,+ssse3",
-    },
-    "plain": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""},
-}
 
 
 @jit.kernel
@@ -34,8 +26,8 @@ def _dots(w, u, q, signed, unsigned):
 def _nibbles(codes, table, q, out):
     entries = simd.load_table16(table, 0)
     v = simd.load_i8x32(codes, 0)
-    low = simd.lookup16(entries, simd.low_nibbles(v))
-    high = simd.lookup16(entries, simd.high_nibbles(v))
+    low = simd.lookup_low(entries, v)
+    high = simd.lookup_high(entries, v)
     splat = simd.splat4(q, 4)
     simd.store_f32(out, 0, simd.to_f32(simd.dot_u7(simd.zero_i32(), low, splat)))
     simd.store_f32(out, 8, simd.to_f32(simd.dot_u7(simd.zero_i32(), high, splat)))
@@ -121,10 +113,10 @@ def test_words_on_this_cpu(check: str) -> None:
     CHECKS[check]()
 
 
-@pytest.mark.parametrize("target", ["avx2", "plain"])
+@pytest.mark.parametrize("target", FORCED)
 def test_words_on_other_targets(target: str) -> None:
-    if target == "avx2" and jit.TARGET == "plain":
-        pytest.skip("this CPU has no AVX2")
+    if not runs_here(target):
+        pytest.skip(f"this CPU cannot run {target} code")
     code = (
         "import test_simd as t; from moelite import jit\n"
         f"assert jit.TARGET == {target!r}, jit.TARGET\n"
@@ -132,7 +124,7 @@ def test_words_on_other_targets(target: str) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, **TARGETS[target]},
+        env={**os.environ, **FORCED[target]},
         cwd=os.path.dirname(__file__),
         capture_output=True,
         text=True,

@@ -76,10 +76,18 @@ def test_a_layer_file_byte_by_byte(folder: Path) -> None:
     tensors = weights(MIXTRAL)
     for expert in range(4):
         want = np.zeros(layout.record_bytes, np.uint8)
-        for name, at in (("w1", layout.gate), ("w3", layout.up), ("w2", layout.down)):
-            weight = tensors[f"model.layers.2.block_sparse_moe.experts.{expert}.{name}.weight"]
-            packed = FORMATS["int4"].pack(weight)
-            want[at : at + packed.size] = packed
+        gate, up, down = (
+            FORMATS["int4"].pack(
+                tensors[f"model.layers.2.block_sparse_moe.experts.{expert}.{name}.weight"]
+            )
+            for name in ("w1", "w3", "w2")
+        )
+        # a tile of gate, the tile of up beside it, the next of gate, ...
+        tile = FORMATS["int4"].tile_bytes(layout.hidden_size)
+        for i in range(gate.size // tile):
+            want[2 * i * tile :][:tile] = gate[i * tile :][:tile]
+            want[(2 * i + 1) * tile :][:tile] = up[i * tile :][:tile]
+        want[layout.down : layout.down + down.size] = down
         begin = start + expert * layout.record_bytes
         assert data[begin : begin + layout.record_bytes] == want.tobytes()
 
@@ -123,7 +131,7 @@ def test_dense_tensors(tmp_path: Path, config: dict[str, Any], dense: str) -> No
 
 def test_the_manifest_tells_the_facts(folder: Path) -> None:
     raw = json.loads((folder / "moelite.json").read_text())
-    assert raw["store_version"] == 1
+    assert raw["store_version"] == 2
     assert (raw["source"], raw["experts"], raw["dense"]) == ("model", "int4", "int8")
     tensors = weights(MIXTRAL)
     assert raw["params"] == sum(t.size for t in tensors.values())
@@ -294,7 +302,7 @@ def test_a_layer_file_of_another_shape(folder: Path) -> None:
 
 def test_another_version_names_both(folder: Path) -> None:
     edit(folder, store_version=7)
-    with pytest.raises(StoreError, match=r"version 7; this moelite reads version 1"):
+    with pytest.raises(StoreError, match=r"version 7; this moelite reads version 2"):
         Store.open(folder)
 
 
@@ -324,7 +332,7 @@ def test_a_damaged_manifest(folder: Path, changes: dict[str, Any]) -> None:
 
 def test_the_layout_must_be_the_formats(folder: Path) -> None:
     raw = json.loads((folder / "moelite.json").read_text())
-    edit(folder, layout=raw["layout"] | {"up": raw["layout"]["up"] + 64})
+    edit(folder, layout=raw["layout"] | {"down": raw["layout"]["down"] + 64})
     with pytest.raises(StoreError, match="the record layout is"):
         Store.open(folder)
 

@@ -20,7 +20,7 @@ from moelite.engine import load
 from moelite.errors import StoreError, UsageError
 from moelite.models import build
 from moelite.quant import FORMATS
-from moelite.quant.base import empty_packed
+from moelite.quant.base import empty_packed, open_record
 from moelite.store import ExpertKey, Store
 
 SMALL = {
@@ -138,9 +138,7 @@ def test_what_adds_to_the_residual_is_smaller(tmp_path: Path) -> None:
     store.read_record(ExpertKey(3, 5), record)
     store.close()
     inner, outer = store.layout.expert_size, store.layout.hidden_size
-    size = FORMATS["int4"].nbytes(inner, outer)
-    up = record[store.layout.up : store.layout.up + size].copy()
-    down = record[store.layout.down : store.layout.payload_bytes].copy()
+    _, up, down = open_record(FORMATS["int4"], store.layout, record)
     found["up"] = FORMATS["int4"].unpack(up, inner, outer).std() * np.sqrt(outer)
     found["down"] = FORMATS["int4"].unpack(down, outer, inner).std() * np.sqrt(inner)
     want = {"self_attn.q_proj": 1, "self_attn.o_proj": 1 / 4, "up": 1, "down": 1 / 4}
@@ -158,12 +156,11 @@ def test_no_two_experts_are_alike(tmp_path: Path) -> None:
     store = Store.open(write(tmp_path, small(num_hidden_layers=2)))
     record = np.empty(store.layout.record_bytes, np.uint8)
     rows, cols = store.layout.expert_size, store.layout.hidden_size
-    size = FORMATS["int4"].nbytes(rows, cols)
     found = []
     for key in (ExpertKey(layer, expert) for layer in range(2) for expert in range(16)):
         store.read_record(key, record)
-        for at in (store.layout.gate, store.layout.up):
-            weight = FORMATS["int4"].unpack(record[at : at + size].copy(), rows, cols)
+        for packed in open_record(FORMATS["int4"], store.layout, record)[:2]:
+            weight = FORMATS["int4"].unpack(packed, rows, cols)
             found.append(weight.reshape(-1))
     store.close()
     like = np.corrcoef(found)

@@ -22,20 +22,32 @@ from moelite import lowering
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 # name: (lowering, triple, cpu, features, native halves)
 TARGETS = {
-    "vnni": ("vnni", X86, "icelake-server", "", True),
+    "vbmi": ("vbmi", X86, "icelake-server", "", True),
+    "vnni": ("vnni", X86, "cascadelake", "", True),
     "avx2": ("avx2", X86, "haswell", "", True),
     "neon": ("neon", ARM, "cortex-a76", "+dotprod", True),
     "plain-arm": ("plain", ARM, "cortex-a53", "", True),
     "plain-x86": ("plain", X86, "x86-64", "", False),
 }
 INSTRUCTIONS = {
-    "vnni": {"dot_u7": ["vpdpbusd"], "dot_i8": ["vpdpbusd", "vpsignb"], "lookup16": ["vpshufb"]},
+    "vbmi": {"dot_u7": ["vpdpbusd"], "lookup_low": ["vpermb"], "lookup_high": ["vpermb"]},
+    "vnni": {
+        "dot_u7": ["vpdpbusd"],
+        "dot_i8": ["vpdpbusd", "vpsignb"],
+        "lookup_low": ["vpshufb"],
+        "lookup_high": ["vpshufb", "vpsrlw"],
+    },
     "avx2": {
         "dot_u7": ["vpmaddubsw", "vpmaddwd"],
         "dot_i8": ["vpmaddubsw", "vpsignb"],
-        "lookup16": ["vpshufb"],
+        "lookup_low": ["vpshufb"],
     },
-    "neon": {"dot_u7": ["sdot"], "dot_i8": ["sdot"], "lookup16": ["tbl"], "half_to_f32": ["fcvtl"]},
+    "neon": {
+        "dot_u7": ["sdot"],
+        "dot_i8": ["sdot"],
+        "lookup_low": ["tbl"],
+        "half_to_f32": ["fcvtl"],
+    },
     "plain-arm": {"f32_to_half": ["fcvtn"]},
     "plain-x86": {"dot_u7": ["pmaddwd"]},
 }
@@ -49,7 +61,8 @@ _I8X32, _I32X8, _F32X8, _I16X8 = (
 WORDS: dict[str, tuple[list[Any], Any]] = {
     "dot_u7": ([_I32X8, _I8X32, _I8X32], lambda b, t, n, a: lowering.dot_u7(b, t, *a)),
     "dot_i8": ([_I32X8, _I8X32, _I8X32], lambda b, t, n, a: lowering.dot_i8(b, t, *a)),
-    "lookup16": ([_I8X32, _I8X32], lambda b, t, n, a: lowering.lookup16(b, t, *a)),
+    "lookup_low": ([_I8X32, _I8X32], lambda b, t, n, a: lowering.lookup_low(b, t, *a)),
+    "lookup_high": ([_I8X32, _I8X32], lambda b, t, n, a: lowering.lookup_high(b, t, *a)),
     "half_to_f32": ([_I16X8], lambda b, t, n, a: lowering.half_to_f32(b, n, *a)),
     "f32_to_half": ([_F32X8], lambda b, t, n, a: lowering.f32_to_half(b, n, *a)),
     "sums": ([_F32X8] * 8, lambda b, t, n, a: lowering.sums(b, tuple(a))),
@@ -101,7 +114,11 @@ def test_words_become_the_instructions_meant(name: str) -> None:
 
 
 def test_a_dot_product_of_32_is_one_or_two_instructions() -> None:
-    for name, instruction, count in (("vnni", "vpdpbusd", 1), ("neon", "sdot", 2)):
+    for name, instruction, count in (
+        ("vbmi", "vpdpbusd", 1),
+        ("vnni", "vpdpbusd", 1),
+        ("neon", "sdot", 2),
+    ):
         found = [parts[0] for parts in body(emitted(name)[0], "dot_u7")]
         assert found.count(instruction) == count
 
@@ -153,8 +170,10 @@ def cases() -> list[tuple[str, list[np.ndarray], np.ndarray]]:
         for word, left in (("dot_u7", w), ("dot_i8", signed)):
             products = left.astype(np.int64) * x
             out.append((word, [acc, left, x], acc + products.reshape(8, 4).sum(1)))
-        table, index = rng.integers(-128, 128, 16).astype(np.int8), rng.integers(0, 16, 32)
-        out.append(("lookup16", [np.tile(table, 2), index.astype(np.int8)], table[index]))
+        table, codes = rng.integers(-128, 128, 16).astype(np.int8), rng.integers(0, 256, 32)
+        arguments = [np.tile(table, 2), codes.astype(np.uint8)]
+        out.append(("lookup_low", arguments, table[codes & 15]))
+        out.append(("lookup_high", arguments, table[codes >> 4]))
         halves = rng.integers(0, 0x7C00, 8).astype(np.uint16) | (rng.integers(0, 2, 8) << 15)
         halves = halves.astype(np.uint16)
         out.append(("half_to_f32", [halves], halves.view(np.float16).astype(np.float32)))
@@ -175,8 +194,11 @@ def runner(name: str) -> list[str] | None:
         linker = shutil.which("aarch64-linux-gnu-gcc")
         return [emulator, "-cpu", "max"] if emulator and linker else None
     ours = binding.get_host_cpu_features()
-    needed = {"vnni": ("avx512vnni", "avx512vl"), "avx2": ("avx2", "fma", "f16c")}.get(name, ())
-    here = binding.get_process_triple().startswith("x86_64-") and all(ours.get(f) for f in needed)
+    vnni = ("avx512vnni", "avx512vl")
+    needed = {"vbmi": (*vnni, "avx512vbmi"), "vnni": vnni, "avx2": ("avx2", "fma", "f16c")}
+    here = binding.get_process_triple().startswith("x86_64-") and all(
+        ours.get(f) for f in needed.get(name, ())
+    )
     return [] if here and shutil.which("gcc") else None
 
 
