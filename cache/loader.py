@@ -7,7 +7,6 @@ or handed out and to be freed once the caller has multiplied by it.
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from moelite.cache.lru import LayerLRU
 from moelite.cache.stats import CacheStats
 from moelite.errors import StoreError
+from moelite.machine import allocate
 from moelite.quant.base import U8
 from moelite.store import ExpertKey
 
@@ -28,11 +28,10 @@ Read = Callable[[ExpertKey, U8], None]
 
 
 def allocate_arena(slots: int, record_bytes: int) -> U8:
-    """[slots * record_bytes] uint8, zero, page-aligned; a page costs memory once it is written."""
+    """[slots * record_bytes] uint8, as moelite.machine.allocate gives it."""
     if slots < 1 or record_bytes < 1:
         raise ValueError(f"an arena of {slots} slots of {record_bytes} bytes is empty")
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return np.frombuffer(mmap.mmap(-1, slots * record_bytes, flags=flags), dtype=np.uint8)
+    return allocate(slots * record_bytes)
 
 
 class ExpertCache:

@@ -106,15 +106,25 @@ def _store_int8(row, d8, cache, to):
         store_one(cache, to + blocks * 32 + b * 4, scale)
 
 
+@inlined
+def _scaled(x, at, times, out, to, sizes):
+    # out[to : to + D8] = x[at : at + D] * times, then zeros; sizes: (D, D8)
+    d, d8 = sizes
+    eights = d // 8 * 8
+    for i in range(0, eights, 8):
+        store_f32(out, to + i, mul_f32(load_f32(x, at + i), splat_f32(times)))
+    for i in range(eights, d):
+        out[to + i] = x[at + i] * times
+    for i in range(d, d8):
+        out[to + i] = np.float32(0)
+
+
 @inner
 def keep_heads(x, at, shape, position, row, cache):
     """The kv heads x[at : at + NK * D] -> the kv bytes of `position`. row [D8]: scratch."""
     d, d8 = shape.head_dim, shape.padded_dim
-    for i in range(d, d8):
-        row[i] = np.float32(0)
     for h in range(shape.kv_heads):
-        for i in range(d):
-            row[i] = x[at + h * d + i]
+        _scaled(x, at + h * d, np.float32(1), row, 0, (d, d8))
         to = (h * shape.context + position) * shape.row_bytes
         if shape.kv == 2:
             _store_int8(row, d8, cache, to)
@@ -267,10 +277,7 @@ def _load_queries(queries, shape, where, rows, query, sums):
     group, d, d8 = shape.heads // shape.kv_heads, shape.head_dim, shape.padded_dim
     for r in range(rows):
         at = (token + r // group) * width + (head * group + r % group) * d
-        for i in range(d):
-            query[r * d8 + i] = q[at + i] * shape.scale
-        for i in range(d, d8):
-            query[r * d8 + i] = np.float32(0)
+        _scaled(q, at, shape.scale, query, r * d8, (d, d8))
         for i in range(0, d8, 8):
             store_f32(total, r * d8 + i, zero_f32())
         state[r * 16] = np.float32(-np.inf)

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from moelite import warm
 from moelite.arch import Arch
 from moelite.attention import KVFormat
@@ -15,10 +17,10 @@ from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.errors import CheckpointError, UsageError
 from moelite.kv import KVCache
-from moelite.machine import memory
+from moelite.machine import allocate, memory
 from moelite.model import Decoder, OnRoute
 from moelite.models import build
-from moelite.quant.base import F32, U8
+from moelite.quant.base import ALIGN, F32, U8, pad
 from moelite.session import Session
 from moelite.step import LAYER_PHASES
 from moelite.store import Store
@@ -32,15 +34,27 @@ READERS = 4  # drives need 2 to 8 reads in flight to reach their speed
 
 
 class _StoreWeights:
-    """Dense weights read from a store, each tensor into memory of its own."""
+    """Dense weights read from a store into one block of memory."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self._store, self._used = store, 0
+        sizes = (store.dense_entry(key).nbytes for key in store.dense_keys())
+        self._block = allocate(sum(pad(size, ALIGN) for size in sizes))
 
     def format_of(self, key: str) -> str:
         return self._store.dense_entry(key).format
 
+    def room(self, nbytes: int) -> U8:
+        start, end = self._used, self._used + pad(nbytes, ALIGN)
+        if end > self._block.size:  # a few rows of zeros that make a pair of matrices even
+            return np.zeros(nbytes, np.uint8)
+        self._used = end
+        return self._block[start : start + nbytes]
+
     def read(self, key: str) -> U8:
+        return self._store.read_dense(key, self.room(self._store.dense_entry(key).nbytes))
+
+    def borrow(self, key: str) -> U8:
         return self._store.read_dense(key)
 
 

@@ -33,7 +33,6 @@ from moelite.quant.base import (
     U8,
     Matrix,
     RecordLayout,
-    empty_packed,
     pad,
     pair_rows,
     put_half,
@@ -62,7 +61,18 @@ class WeightSource(Protocol):
     """Where dense weights come from: packed bytes and the format they are in."""
 
     def format_of(self, key: str) -> str: ...
-    def read(self, key: str) -> U8: ...
+
+    def read(self, key: str) -> U8:
+        """A tensor's packed bytes, in memory that lasts as long as the model."""
+        ...
+
+    def borrow(self, key: str) -> U8:
+        """The same in memory of its own, to be let go of."""
+        ...
+
+    def room(self, nbytes: int) -> U8:
+        """Zeros for what is made of borrowed tensors."""
+        ...
 
 
 class ExpertSource(Protocol):
@@ -183,9 +193,9 @@ def load_gated(source: WeightSource, spec: GatedMLP) -> FeedForward:
     if source.format_of(spec.up.weight.key) != fmt:
         raise UnsupportedError(f"{spec.gate.weight.key} and {spec.up.weight.key} differ in format")
     tile = FORMATS[fmt].tile_bytes(cols)
-    both = empty_packed(FORMATS[fmt], pair_rows(rows), cols)
+    both = source.room(FORMATS[fmt].nbytes(pair_rows(rows), cols))
     for half, part in enumerate((spec.gate, spec.up)):
-        put_half(both, half, source.read(part.weight.key), tile)
+        put_half(both, half, source.borrow(part.weight.key), tile)
     return FeedForward(
         matrix_of(fmt, both, 0, pair_rows(rows), cols), load_matrix(source, spec.down)
     )

@@ -1,10 +1,15 @@
-"""How much memory this process may use: the machine's, or its control group's if that is less."""
+"""How much memory this process may use: the machine's, or its control group's if that is less; and
+large blocks of it."""
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 
 
@@ -74,3 +79,16 @@ def _stat(file: Path, key: str) -> int:
     except (OSError, ValueError):
         pass
     return 0
+
+
+def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Zeros, uint8 [nbytes], page-aligned; on huge pages where the system gives them.
+
+    A page costs memory once it is written, so what is used may grow by 2 MiB at a time. Weights
+    streamed from huge pages are multiplied 10 to 20 % faster (docs/LOG.md).
+    """
+    block = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(block, np.uint8, nbytes)

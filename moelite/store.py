@@ -96,17 +96,18 @@ class Store:
         size = packed_bytes(spec.format, spec.shape)
         return DenseEntry(format=spec.format, shape=spec.shape, nbytes=size)
 
-    def read_dense(self, key: str, *, verify: bool = False) -> U8:
+    def read_dense(self, key: str, out: U8 | None = None, *, verify: bool = False) -> U8:
         """A dense tensor's packed bytes, uint8 [nbytes], starting on a cache line.
 
-        verify: also compare with the checksum taken when it was written.
+        out: where to, [nbytes], instead of memory of its own. verify: also compare with the
+        checksum taken when it was written.
         """
         entry = self.dense_entry(key)
         fd, header = self._open(DENSE)
         info = header.tensors.get(key)
         if info is None or info.nbytes != entry.nbytes:
             raise StoreError(f"{self.path / DENSE}: tensor {key!r} is not {entry.nbytes} bytes")
-        out = _aligned(entry.nbytes)
+        out = _aligned(entry.nbytes) if out is None else out
         index = list(header.tensors).index(key) if verify else None
         self._fill(fd, out, info.offset, (DENSE, f"tensor {key!r}", index))
         return out
