@@ -116,6 +116,12 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         f"seed {report.seed}; the last line's reads are sums",
         soft_wrap=True,
     )
+    console.print(
+        f"  a token reads {show_bytes(report.token_bytes)} of weights: "
+        f"{100 * report.bandwidth:.0f} % of what memory gave to {facts['threads']} threads right "
+        f"after ({show_bytes(int(report.memory_bytes_s))}/s)",
+        soft_wrap=True,
+    )
     peak, budget = show_bytes(report.peak_rss_bytes), show_bytes(facts["budget_bytes"])
     console.print(
         f"  peak memory {peak} of {budget}, "

@@ -34,6 +34,9 @@ class BenchModel(Protocol):
     def session(self) -> Any: ...
     def stats(self) -> CacheStats: ...
     def part_seconds(self) -> dict[str, float]: ...
+    @property
+    def token_bytes(self) -> int: ...
+    def memory_speed(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +55,8 @@ class BenchRun:
     """One run. Decode speed counts the tokens after the first, which the prefill gives.
 
     prefill_ms, decode_ms: milliseconds a token, by part: attention, router, experts, dense
-    feed-forward parts, head; then waiting for reads, and the rest, which is Python.
+    feed-forward parts, head; then waiting for reads, and the rest, which is Python. memory_bytes_s:
+    how fast memory could be read right afterwards.
     """
 
     prefill_tok_s: float
@@ -60,12 +64,17 @@ class BenchRun:
     ttft_s: float
     prefill_ms: dict[str, float]
     decode_ms: dict[str, float]
+    memory_bytes_s: float
     experts: ExpertTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """Medians over `runs`; experts: their sum; peak_rss_bytes: this process's, since its start."""
+    """Medians over `runs`; experts: their sum; peak_rss_bytes: this process's, since its start.
+
+    token_bytes: weights that a token reads; memory_bytes_s: what the machine's memory gave to as
+    many threads right after each run; bandwidth: the share of it that decoding used.
+    """
 
     prompt_tokens: int
     generated_tokens: int
@@ -74,6 +83,9 @@ class BenchReport:
     ttft_s: float
     prefill_ms: dict[str, float]
     decode_ms: dict[str, float]
+    token_bytes: int
+    memory_bytes_s: float
+    bandwidth: float
     peak_rss_bytes: int
     experts: ExpertTraffic
     runs: tuple[BenchRun, ...]
@@ -121,6 +133,11 @@ def bench(
         ttft_s=statistics.median(run.ttft_s for run in runs),
         prefill_ms=_medians([run.prefill_ms for run in runs]),
         decode_ms=_medians([run.decode_ms for run in runs]),
+        token_bytes=model.token_bytes,
+        memory_bytes_s=statistics.median(run.memory_bytes_s for run in runs),
+        bandwidth=statistics.median(
+            run.decode_tok_s * model.token_bytes / run.memory_bytes_s for run in runs
+        ),
         peak_rss_bytes=peak_rss_bytes(),
         experts=_traffic(model.stats() - before),
         runs=tuple(runs),
@@ -145,6 +162,7 @@ def _run(model: BenchModel, ids: list[int], gen: int) -> BenchRun:
         ttft_s=prefill_s,
         prefill_ms=_milliseconds(started, first, len(ids)),
         decode_ms=_milliseconds(first, ended, gen - 1),
+        memory_bytes_s=model.memory_speed(),
         experts=_traffic(model.stats() - before),
     )
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from moelite import warm
-from moelite.arch import Arch
+from moelite.arch import Arch, MoE
 from moelite.attention import KVFormat
+from moelite.bandwidth import read_speed
 from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.errors import CheckpointError, UsageError
@@ -121,6 +122,22 @@ class Model:
     def stats(self) -> CacheStats:
         """Expert cache counters since the model was loaded."""
         return self.experts.stats
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that a token multiplies by: all but embeddings and other experts."""
+        store, arch = self.store, self.arch
+        keys = set(store.dense_keys()) - (set() if arch.tied else {arch.embed.key})
+        total = sum(store.dense_entry(key).nbytes for key in keys)
+        for layer in arch.layers:
+            if isinstance(layer.mlp, MoE):
+                total += layer.mlp.router.top_k * store.layout.payload_bytes
+        return total
+
+    def memory_speed(self) -> float:
+        """Bytes per second at which the model's threads read memory at this moment."""
+        used = self.footprint.experts_resident * self.footprint.record_bytes
+        return read_speed(self.experts.arena[:used], self.footprint.threads)
 
     def part_seconds(self) -> dict[str, float]:
         """Seconds of computing since the model was loaded, by part of a layer; see moelite.step."""

@@ -64,6 +64,7 @@ def kernel_sources() -> list[Path]:
             "sync.py",
             "raw.py",
             "attention.py",
+            "bandwidth.py",
             "words.py",
             "program.py",
             "step.py",

@@ -15,6 +15,7 @@ import numpy as np
 
 from moelite import jit, ops, step
 from moelite.arch import Linear, Router, TensorRef
+from moelite.bandwidth import read_speed
 from moelite.dispatch import matrix_of
 from moelite.errors import BudgetError, MoeliteError
 from moelite.machine import memory
@@ -110,6 +111,7 @@ def _compile_step() -> None:
     router = Router(linear=Linear(weight=TensorRef(name="none"), rows=2, cols=1), top_k=1)
     route(router, np.zeros((1, 2), np.float32))
     step.clock()
+    read_speed(np.zeros(256, np.uint8), 1)
     sync = np.zeros(sync_size(1, 1), np.int64)
     jobs = np.zeros(RING * step.JOB_WORDS, np.int64)
     step.work(1, 1, sync, jobs, 0, 0, 0)  # a helper that looks once and finds no job

@@ -12,6 +12,7 @@ import pytest
 
 from moelite import bench as module
 from moelite import process
+from moelite.bandwidth import read_speed
 from moelite.bench import WARM_TOKENS, bench
 from moelite.cache.stats import CacheStats
 from moelite.errors import UsageError
@@ -64,6 +65,11 @@ class SlowModel:
     def part_seconds(self) -> dict[str, float]:
         return dict(self.seconds)
 
+    token_bytes = 1000
+
+    def memory_speed(self) -> float:
+        return 400_000.0
+
 
 def test_speeds_are_tokens_over_time() -> None:
     report = bench(SlowModel(), prompt=30, gen=11, repeat=3)
@@ -83,6 +89,19 @@ def test_parts_and_the_rest_make_up_a_token() -> None:
     assert report.decode_ms == pytest.approx(decode)
     assert sum(report.prefill_ms.values()) == pytest.approx(1e3 * 0.04 / 30)
     assert report.runs[0].prefill_ms["experts"] == pytest.approx(0.5)
+
+
+def test_the_share_of_memory_speed() -> None:
+    report = bench(SlowModel(), prompt=30, gen=11, repeat=3)
+    assert (report.token_bytes, report.memory_bytes_s) == (1000, 400_000)
+    assert report.bandwidth == pytest.approx(1000 / DECODE_S / 400_000)
+
+
+def test_memory_speed_is_of_this_machine() -> None:
+    """A gigabyte a second is below any computer, a thousand above."""
+    block = np.ones(1 << 26, np.uint8)
+    for threads in (1, 2):
+        assert 1e9 < read_speed(block, threads) < 1e12
 
 
 def test_the_medians_are_of_the_runs() -> None:

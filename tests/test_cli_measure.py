@@ -72,6 +72,11 @@ class FakeModel:
     def part_seconds(self) -> dict[str, float]:
         return {"experts": 0.0}
 
+    token_bytes = 4 << 20
+
+    def memory_speed(self) -> float:
+        return float(8 << 30)
+
     def stats(self) -> CacheStats:
         return CacheStats(hits=3, misses=1, bytes_read=8192)
 
@@ -206,3 +211,5 @@ def test_bench_prints_every_run_and_the_median(world) -> None:
     rows = [line.split()[0] for line in result.stdout.splitlines()[1:4]]
     assert rows == ["1", "2", "median"]
     assert "experts int8 (8.0 bpw)" in result.stdout
+    assert "a token reads 4.0 MiB of weights: " in result.stdout
+    assert "memory gave to 2 threads right after (8.0 GiB/s)" in result.stdout

@@ -34,6 +34,7 @@ LAYERS = (
             "sync",
             "raw",
             "attention",
+            "bandwidth",
             "words",
             "step",
             "program",
