@@ -17,6 +17,9 @@ import pytest
 import moelite
 from moelite import demo
 from moelite.errors import DownloadError
+from moelite.quant import FORMATS
+from moelite.quant.base import open_record
+from moelite.store import ExpertKey, Store
 from moelite.units import MIB
 
 PROMPTS = (
@@ -167,3 +170,92 @@ def test_quantization_is_close(source: demo.DemoCheckpoint, store: Path, tmp_pat
 
     assert mean_kld(tmp_path / "int8", tmp_path / "bf16") <= 0.002
     assert 0.001 < mean_kld(store, tmp_path / "int8") < 0.1  # .076 measured
+
+
+def unpacked(folder: Path, out: Path) -> Path:
+    """An ordinary float32 checkpoint of the numbers that a store holds."""
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    store = Store.open(folder)
+    experts, tensors = FORMATS[store.expert_format], {}
+    for key in store.dense_keys():
+        entry, packed = store.dense_entry(key), store.read_dense(key)
+        plain = len(entry.shape) == 1
+        tensors[key] = (
+            packed.view(np.float32) if plain else FORMATS[entry.format].unpack(packed, *entry.shape)
+        )
+    wide = store.layout.expert_size, store.layout.hidden_size
+    record = np.empty(store.layout.record_bytes, np.uint8)
+    for layer, count in store.manifest.layers.items():
+        for expert in range(count):
+            store.read_record(ExpertKey(layer, expert), record)
+            name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
+            parts = zip(("w1", "w3", "w2"), open_record(experts, store.layout, record), strict=True)
+            for part, packed in parts:
+                shape = wide[::-1] if part == "w2" else wide
+                tensors[f"{name}.{part}.weight"] = experts.unpack(packed, *shape)
+    out.mkdir()
+    for name, data in store.sidecars().items():
+        (out / name).write_bytes(data)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    store.close()
+    return out
+
+
+def rounded(x, planes: int):
+    """Activations as kernels read them: int8 by blocks of 32, and what is left in 254ths."""
+    blocks = x.reshape(-1, 32)
+    step = blocks.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    whole = (blocks / step).round()
+    rest = ((blocks / step - whole) * 254).round() / 254 if planes == 2 else 0
+    return ((whole + rest) * step).reshape(x.shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parity
+@pytest.mark.parametrize("fmt", ["int8", "int4"])
+def test_kernels_predict_as_their_definition_does(
+    source: demo.DemoCheckpoint, tmp_path: Path, fmt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexity and KL divergence from transformers in float32 on the numbers that the store holds,
+    with activations rounded as the format says. Where they are rounded to 8 bits (int4), another
+    order of float32 sums changes some roundings, and through 30 layers most."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    moelite.quantize(source, tmp_path / "store", experts=fmt, dense=fmt, ram="8GiB")
+    plain = unpacked(tmp_path / "store", tmp_path / "plain")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    linear, planes = torch.nn.functional.linear, FORMATS[fmt].planes
+
+    def read(x, weight, bias=None):
+        router = weight.shape[0] == 8  # of 8 experts: float32
+        return linear(x if router else rounded(x, planes), weight, bias)
+
+    text = "\n".join(p.read_text() for p in sorted(Path(np.__file__).parent.glob("*.py")))
+    losses, apart = np.zeros(3), np.zeros(2)
+    with moelite.load(tmp_path / "store", ram="6GiB", context=512, kv="f32") as model:
+        ids = model.tokenizer.encode(text[:12_000], special=False)[:2048]
+        assert len(ids) == 2048
+        for start in range(0, 2048, 512):
+            window = torch.tensor(ids[start : start + 512])
+            logits = [torch.tensor(model.forward(window.tolist()))]
+            with torch.no_grad():
+                logits.append(oracle(window[None]).logits[0])
+                with monkeypatch.context() as patch:
+                    patch.setattr(torch.nn.functional, "linear", read)
+                    logits.append(oracle(window[None]).logits[0])
+            got, exact, want = (torch.log_softmax(x.double(), -1) for x in logits)
+            for i, other in enumerate((want, exact)):
+                apart[i] += (other.exp() * (other - got)).sum(-1).mean().item() / 4
+            for i, found in enumerate((got, want, exact)):
+                losses[i] -= found[:-1].gather(1, window[1:, None]).mean().item() / 4
+    ours, defined, exact = np.exp(losses)
+    sys.stdout.write(
+        f"\n{fmt}: perplexity {ours:.4f}, as defined {defined:.4f}, activations not rounded "
+        f"{exact:.4f}; KL divergence from these {apart[0]:.1e}, {apart[1]:.1e}\n"
+    )
+    fine = planes == 2
+    assert ours == pytest.approx(defined, rel=1e-4 if fine else 5e-3)
+    assert ours == pytest.approx(exact, rel=1e-4 if fine else 1e-2)
+    assert apart.max() < (1e-6 if fine else 5e-3)
