@@ -18,7 +18,7 @@ import numpy as np
 
 from moelite import ops
 from moelite.attention import attend, attend_pieces, keep_heads
-from moelite.dispatch import STRIP, multiply, place, quantize_block, quantize_row, strips
+from moelite.dispatch import multiply, place, quantize_block, quantize_row, strip_of, strips
 from moelite.jit import inlined, inner
 from moelite.program import LayerWords
 from moelite.quant.base import Job, Matrix
@@ -42,17 +42,18 @@ query_matrix = _q
 
 
 @inner
-def _strip(matrix, act, rows, to, strip, follow):
-    # rows 32 * strip .. + 32 of a matrix for all tokens; to: (tokens, out, width)
+def _strip(matrix, act, rows, to, part, follow):
+    # some rows of a matrix for all tokens; to: (tokens, out, width), part: (first row, how many)
     job = Job(rows, rows, 0, to[0], to[1], to[2])
-    start = strip * STRIP
-    multiply(matrix, act, job, start, min(start + STRIP, matrix.rows), follow)
+    start, count = part
+    multiply(matrix, act, job, start, min(start + count, matrix.rows), follow)
 
 
 @inlined
 def first_row(crew, matrix):
     """The address of the first row that a thread multiplies of a matrix."""
-    return place(matrix, own(crew, strips(matrix.rows), crew.tid)[0] * STRIP)
+    strip = strip_of(matrix.rows, crew.team)
+    return place(matrix, own(crew, strips(matrix.rows, strip), crew.tid)[0] * strip)
 
 
 @inner
@@ -61,12 +62,13 @@ def product(crew, phase, matrix, act, rows, to, after):
 
     rows: 0, 1, 2, ... after: the address that this thread reads next.
     """
-    pieces, mine = strips(matrix.rows), 0
+    strip = strip_of(matrix.rows, crew.team)
+    pieces, mine = strips(matrix.rows, strip), 0
     last = own(crew, pieces, crew.tid)[1]
     piece = take(crew, phase, pieces)
     while piece < pieces:
-        follow = place(matrix, (piece + 1) * STRIP) if piece + 1 < last else after
-        _strip(matrix, act, rows, to, piece, follow)
+        follow = place(matrix, (piece + 1) * strip) if piece + 1 < last else after
+        _strip(matrix, act, rows, to, (piece * strip, strip), follow)
         mine += 1
         piece = take(crew, phase, pieces)
     finish(crew, phase, mine, pieces)
@@ -80,8 +82,9 @@ def product(crew, phase, matrix, act, rows, to, after):
 def _queries(crew, phase, table, at, tokens):
     # q, k, v = the normed rows times the three matrices
     q, k, v, io = _q(table, at), _k(table, at), _v(table, at), _buffers(table, at)
-    nq, nk = strips(q.rows), strips(k.rows)
-    pieces = nq + nk + strips(v.rows)
+    size = strip_of(q.rows + k.rows + v.rows, crew.team)
+    nq, nk = strips(q.rows, size), strips(k.rows, size)
+    pieces = nq + nk + strips(v.rows, size)
     mine, last, after = 0, own(crew, pieces, crew.tid)[1], first_row(crew, _o(table, at))
     piece = take(crew, phase, pieces)
     while piece < pieces:
@@ -97,8 +100,8 @@ def _queries(crew, phase, table, at, tokens):
             elif piece + 1 == nq + nk:
                 follow = place(v, 0)
             else:
-                follow = place(matrix, (strip + 1) * STRIP)
-        _strip(matrix, io.normed, io.rows, (tokens, out, width), strip, follow)
+                follow = place(matrix, (strip + 1) * size)
+        _strip(matrix, io.normed, io.rows, (tokens, out, width), (strip * size, size), follow)
         mine += 1
         piece = take(crew, phase, pieces)
     finish(crew, phase, mine, pieces)
@@ -249,44 +252,54 @@ def _move(matrix, by):
 @inner
 def _part_place(matrix, job, piece, rows):
     # where a piece of `rows` rows of an expert's matrix begins
-    each = (matrix.rows + rows - 1) // rows
+    each = strips(matrix.rows, rows)
     return place(matrix, piece % each * rows) + job.base[piece // each]
 
 
-PAIRED = 2 * STRIP  # rows of gate_up that make STRIP columns of hidden activations
+PAIRED = 64  # rows of gate_up that make a block of 32 hidden activations
 
 
 @inner
-def _gate_up(crew, ff, act, job, part, start, follow):
-    # columns start .. start + STRIP of silu(x @ gate.T) * (x @ up.T) of one part, quantized as made
-    h, first, last = job.hidden, job.first[part], job.first[part + 1]
-    begin, count = 2 * start, last - first
-    stop = min(begin + PAIRED, ff.gate_up.rows)
+def _gate_up(crew, ff, act, job, part, rows, follow):
+    # rows of gate_up of one part, silu(gate) * up of them, quantized as made; rows: (first, count)
+    h, first, last, (begin, size) = job.hidden, job.first[part], job.first[part + 1], rows
+    stop, count = min(begin + size, ff.gate_up.rows), last - first
     both = job.scratch[crew.tid * job.scratch_width : (crew.tid + 1) * job.scratch_width]
     # `multiply` writes row r of the matrix to column r, and here column 0 is `begin`
     out = f32_at(address(both) - begin * 4, both.size + begin)
-    to = Job(job.source[first:last], job.places, 0, count, out, PAIRED)
+    to = Job(job.source[first:last], job.places, 0, count, out, size)
     multiply(_move(ff.gate_up, job.base[part]), act, to, begin, stop, follow)
     for p in range(count):
-        row = (first + p) * h.width + start
+        row = (first + p) * h.width
         for i in range(0, stop - begin, 16):
-            ops.silu_gate_8(both, p * PAIRED + i, h.x, row + i // 2)
-        for c in range((stop - begin) // 2, STRIP):
+            ops.silu_gate_8(both, p * size + i, h.x, row + (begin + i) // 2)
+        end = (stop + PAIRED - 1) // PAIRED * (PAIRED // 2)
+        for c in range(stop // 2, end):
             h.x[row + c] = np.float32(0)
         if h.q.size:
-            quantize_block(h, row, (first + p) * h.blocks + start // 32)
+            for c in range(begin // 2, end, 32):
+                quantize_block(h, row + c, (first + p) * h.blocks + c // 32)
 
 
 @inlined
-def _hidden(crew, phase, ff, act, job):
-    each = (ff.gate_up.rows + PAIRED - 1) // PAIRED
+def _paired(crew, ff, job, count):
+    # rows of gate_up in a piece: what a strip is to other matrices, and the scratch has room for
+    size = 2 * strip_of(job.parts * ff.gate_up.rows // 2, crew.team)
+    return max(min(size, job.scratch_width // count // PAIRED * PAIRED), PAIRED)
+
+
+@inlined
+def _hidden(crew, phase, ff, act, job, count):
+    size, down = _paired(crew, ff, job, count), ff.down
+    each = strips(ff.gate_up.rows, size)
     pieces, mine = job.parts * each, 0
-    last, down = own(crew, pieces, crew.tid)[1], job.parts * strips(ff.down.rows)
-    after = _part_place(ff.down, job, min(own(crew, down, crew.tid)[0], down - 1), STRIP)
+    last, strip = own(crew, pieces, crew.tid)[1], strip_of(job.parts * down.rows, crew.team)
+    downs = job.parts * strips(down.rows, strip)
+    after = _part_place(down, job, min(own(crew, downs, crew.tid)[0], downs - 1), strip)
     piece = take(crew, phase, pieces)
     while piece < pieces:
-        follow = _part_place(ff.gate_up, job, piece + 1, PAIRED) if piece + 1 < last else after
-        _gate_up(crew, ff, act, job, piece // each, piece % each * STRIP, follow)
+        follow = _part_place(ff.gate_up, job, piece + 1, size) if piece + 1 < last else after
+        _gate_up(crew, ff, act, job, piece // each, (piece % each * size, size), follow)
         mine += 1
         piece = take(crew, phase, pieces)
     finish(crew, phase, mine, pieces)
@@ -316,21 +329,25 @@ def _add_parts(total, t, start):
 def feed_forward(crew, phase, ff, act, job, total, then):
     """out[target] = down(silu(gate(x)) * up(x)) for the job's positions; then the Sum. 3 phases.
 
-    then: (rows of the Sum, 0 if it has to wait; the address that this thread reads next).
+    then: (the most positions of a part, rows of the Sum, 0 if it has to wait; the address that this
+    thread reads next). The first is not looked up in the job: a thread that comes late would find
+    another job's number there, and count other pieces.
     """
-    tokens, after = then
-    _hidden(crew, phase, ff, act, job)
-    each = strips(ff.down.rows)
+    count, tokens, after = then
+    _hidden(crew, phase, ff, act, job, count)
+    down = ff.down
+    strip = strip_of(job.parts * down.rows, crew.team)
+    each = strips(down.rows, strip)
     pieces, mine = job.parts * each, 0
     end = own(crew, pieces, crew.tid)[1]
     piece = take(crew, phase + 1, pieces)
     while piece < pieces:
-        part, start = piece // each, piece % each * STRIP
+        part, start = piece // each, piece % each * strip
         first, last = job.first[part], job.first[part + 1]
         to = Job(job.places, job.target, first, last, job.out, job.width)
-        follow = _part_place(ff.down, job, piece + 1, STRIP) if piece + 1 < end else after
-        down = _move(ff.down, job.base[part])
-        multiply(down, job.hidden, to, start, min(start + STRIP, ff.down.rows), follow)
+        follow = _part_place(down, job, piece + 1, strip) if piece + 1 < end else after
+        matrix = _move(down, job.base[part])
+        multiply(matrix, job.hidden, to, start, min(start + strip, down.rows), follow)
         mine += 1
         piece = take(crew, phase + 1, pieces)
     finish(crew, phase + 1, mine, pieces)

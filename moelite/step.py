@@ -138,9 +138,13 @@ def _feed(sync, size, slot, team, tid, phase, words, count, at, what, tokens, af
     # routed experts and dense part of the layer at words[at], or a batch of experts: the words of a
     # job. One feed_forward for all three.
     crew, table = Crew(i64_at(sync, size), slot, team, tid), i64_at(words, count)
+    most = tokens
     if what == BATCH:
         parts, job = _parts(table, at), _expert_job(table, at + _JOB_AT)
         act, total = _act(table, at + _ACT_AT), _sum(table, at + _SUM_AT)
+        most = np.int64(1)
+        for j in range(job.parts):
+            most = max(most, job.first[j + 1] - job.first[j])
     else:
         io = _buffers(table, at)
         act = io.normed
@@ -153,7 +157,7 @@ def _feed(sync, size, slot, team, tid, phase, words, count, at, what, tokens, af
             to = tokens, dense.gates, 8
             product(crew, phase, dense.gate, act, io.rows, to, after)
             phase += 1
-    feed_forward(crew, phase, parts, act, job, total, (tokens, after))
+    feed_forward(crew, phase, parts, act, job, total, (most, tokens, after))
 
 
 _ALONE: dict[str, tuple[Any, int]] = {"attention": (_attention, 11), "feed": (_feed, 12)}
