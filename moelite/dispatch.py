@@ -34,7 +34,7 @@ from moelite.simd import (
 )
 from moelite.words import flat_text, size_of, value_text
 
-LEAST, MOST = 32, 128  # rows a thread takes at a time
+LEAST, MOST = 32, 256  # rows a thread takes at a time
 
 # --- a format's code, by address ----------------------------------------------------------------
 #

@@ -216,7 +216,8 @@ def rounded(x, planes: int):
 def test_kernels_predict_as_their_definition_does(
     source: demo.DemoCheckpoint, tmp_path: Path, fmt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Perplexity and KL divergence from transformers in float32 on the numbers in the store, with activations rounded as the format says. Where they are rounded to 8 bits (int4), another
+    """Perplexity of, and KL divergence from, transformers in float32 on the numbers in the store,
+    with activations rounded as the format says. Where they are rounded to 8 bits (int4), another
     order of float32 sums changes some roundings, and through 30 layers most."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
