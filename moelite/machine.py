@@ -85,7 +85,7 @@ def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     """Zeros, uint8 [nbytes], page-aligned; on huge pages where the system gives them.
 
     A page costs memory once it is written, so what is used may grow by 2 MiB at a time. Weights
-    streamed from huge pages are multiplied 10 to 20 % faster (docs/LOG.md).
+    streamed from huge pages were multiplied about 20 % faster (docs/LOG.md).
     """
     block = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
