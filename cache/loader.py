@@ -1,22 +1,22 @@
 """The expert cache: one arena of equal slots, records read straight into them on threads.
 
 The policy (`lru.py`) decides hits, misses and who stays before the first read starts, so counts do
-not depend on which read lands first. A slot is in one of four places: free, resident, being read,
-or handed out and to be freed once the caller has multiplied by it.
+not depend on which read lands first, nor on what was read ahead. A slot is in one of five places:
+free, resident, being read, read ahead, or handed out and to be freed once the caller has multiplied
+by it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from moelite.cache.lru import LayerLRU
+from moelite.cache.reads import Read, Reading, ReadPool
 from moelite.cache.stats import CacheStats
 from moelite.errors import StoreError
 from moelite.machine import allocate
@@ -24,7 +24,6 @@ from moelite.quant.base import U8
 from moelite.store import ExpertKey
 
 I32 = npt.NDArray[np.int32]
-Read = Callable[[ExpertKey, U8], None]
 
 
 def allocate_arena(slots: int, record_bytes: int) -> U8:
@@ -39,10 +38,11 @@ class ExpertCache:
 
     arena: [slots * record_bytes] uint8.
     quotas: {layer: experts kept}; a layer not named keeps none.
-    Slots beyond the sum of the quotas float: misses are read into them first. At least one must.
+    Slots beyond the sum of the quotas float: misses are read into them first, and what is read
+    ahead. At least one must.
     read: fills a view of record_bytes bytes; called on `readers` threads.
 
-    One thread at a time may run `batches`.
+    One thread at a time may run `batches`, `prefetch` and `touch`.
     """
 
     def __init__(
@@ -62,16 +62,17 @@ class ExpertCache:
         self.arena = arena
         self.record_bytes = record_bytes
         self.slots = slots
-        self._read = read
         self._lru = {layer: LayerLRU(quota) for layer, quota in quotas.items()}
         self._slot: dict[
             ExpertKey, int
         ] = {}  # of residents, and of evicted hits not yet multiplied
         self._tables: dict[int, I32] = {}
         self._free = list(range(slots - 1, -1, -1))
-        self._reading: dict[Future[None], tuple[ExpertKey, int]] = {}
-        self._landed: SimpleQueue[Future[None]] = SimpleQueue()
-        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="moelite-read")
+        self._waiting: deque[ExpertKey] = deque()  # needed now, no slot free yet
+        self._reading: dict[ExpertKey, Reading] = {}  # needed now
+        self._ahead: dict[ExpertKey, Reading] = {}  # perhaps needed by a layer to come
+        self._dropping = 0  # reads under way that nobody wants: their slots come back
+        self._pool = ReadPool(read, readers)
         self._running = False
         self.reset_stats()
 
@@ -79,13 +80,21 @@ class ExpertCache:
     def stats(self) -> CacheStats:
         """Counts since the start or the last reset."""
         return CacheStats(
-            hits=self._hits, misses=self._misses, bytes_read=self._bytes, wait_s=self._wait_s
+            hits=self._hits,
+            misses=self._misses,
+            bytes_read=self._bytes,
+            wait_s=self._wait_s,
+            read_s=self._pool.busy_s - self._busy_before,
+            useful=self._useful,
+            late=self._late,
+            wasted=self._wasted,
         )
 
     def reset_stats(self) -> None:
         """Count from zero; what is resident stays."""
         self._hits = self._misses = self._bytes = 0
-        self._wait_s = 0.0
+        self._useful = self._late = self._wasted = 0
+        self._wait_s, self._busy_before = 0.0, self._pool.busy_s
 
     def resident(self, layer: int) -> tuple[int, ...]:
         """Experts of `layer` in memory, the least recently used first."""
@@ -103,6 +112,8 @@ class ExpertCache:
         assert not found.misses
         assert not found.evicted
         self._hits += len(found.hits)
+        if self._ahead:
+            self._drop(layer)
 
     def slot_view(self, slot: int) -> U8:
         """The [record_bytes] bytes of a slot."""
@@ -110,7 +121,19 @@ class ExpertCache:
 
     def close(self) -> None:
         """Wait for running reads and end the threads. The arena stays the caller's."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Begins to read experts that `layer` will perhaps need, after all that is needed now.
+
+        Only into slots that nothing needs now, so the last ones may be left out; one stays free.
+        """
+        for expert in experts:
+            if self._waiting or len(self._free) < 2:
+                return
+            key = ExpertKey(layer, expert)
+            if key not in self._slot and key not in self._ahead and key not in self._reading:
+                self._ahead[key] = self._submit(key, urgent=False)
 
     def batches(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield [(expert, slot)] until every needed expert was handed out once.
@@ -133,17 +156,18 @@ class ExpertCache:
         self._running = True
         try:
             self._release(evicted.difference(hits))
-            waiting = deque(misses)
-            self._start(waiting)
-            if hits:
-                yield [(key.expert, self._slot[key]) for key in hits]
-                self._release(evicted)
-            while waiting or self._reading:
-                self._start(waiting)
+            ready = [*hits, *self._claim(layer, misses)]
+            self._start()
+            if ready:
+                yield [(key.expert, self._slot[key]) for key in ready]
+                self._release(evicted.intersection(ready))
+            while self._waiting or self._reading:
+                self._start()
                 ready = self._collect()
                 yield [(key.expert, self._slot[key]) for key in ready]
                 self._release(evicted.intersection(ready))
         finally:
+            self._waiting.clear()
             try:
                 self._settle()
             finally:  # also when Ctrl-C cuts the settling short: the next call settles the rest
@@ -168,52 +192,115 @@ class ExpertCache:
                 self._free.append(slot)
                 self._place(key, -1)
 
-    def _start(self, waiting: deque[ExpertKey]) -> None:
-        """Begin as many reads as there are free slots."""
-        while waiting and self._free:
-            key, slot = waiting.popleft(), self._free.pop()
-            future = self._pool.submit(self._read, key, self.slot_view(slot))
-            self._reading[future] = (key, slot)
-            future.add_done_callback(self._landed.put)
+    def _submit(self, key: ExpertKey, *, urgent: bool) -> Reading:
+        slot = self._free.pop()
+        reading = Reading(key, slot, self.slot_view(slot))
+        self._pool.submit(reading, urgent=urgent)
+        return reading
 
-    def _collect(self) -> list[ExpertKey]:
-        """Wait for one read, then take all that have landed."""
-        assert self._reading, "no slot is free and none will be"
-        if self._landed.empty():
-            start = time.perf_counter()
-            future = self._landed.get()
-            self._wait_s += time.perf_counter() - start
-        else:
-            future = self._landed.get()
-        ready = [self._take(future)]
-        while not self._landed.empty():
-            ready.append(self._take(self._landed.get()))
+    def _claim(self, layer: int, misses: Sequence[ExpertKey]) -> list[ExpertKey]:
+        # what was read ahead of these misses: those that have landed. The others wait, for their
+        # read or for a slot. Guesses that did not come true are dropped.
+        ready = []
+        self._take_landed()
+        for key in misses:
+            reading = self._ahead.pop(key, None)
+            if reading is None:
+                self._waiting.append(key)
+            elif not reading.landed:
+                self._late += 1
+                self._reading[key] = reading
+                self._pool.hurry(reading)
+            elif reading.error is not None:  # read again: it is needed now
+                self._free.append(reading.slot)
+                self._waiting.append(key)
+            else:
+                self._useful += 1
+                self._keep(reading)
+                ready.append(key)
+        self._drop(layer)
         return ready
 
-    def _take(self, future: Future[None]) -> ExpertKey:
-        key, slot = self._reading.pop(future)
-        error = None if future.cancelled() else future.exception()
-        if future.cancelled() or error is not None:
-            self._free.append(slot)
+    def _drop(self, layer: int | None = None) -> None:
+        # gives up what was read ahead for a layer, or for any
+        for key in [key for key in self._ahead if layer is None or key.layer == layer]:
+            reading = self._ahead.pop(key)
+            if reading.landed or self._pool.cancel(reading):
+                self._free.append(reading.slot)
+                self._wasted += reading.landed
+            else:
+                reading.dropped = True
+                self._dropping += 1
+                self._wasted += 1
+
+    def _start(self) -> None:
+        # begins as many reads as there are free slots
+        if self._waiting and not self._free and not self._reading:
+            self._drop()  # slots that guesses hold are needed
+            while not self._free and self._dropping:
+                self._take(self._pool.landed.get())
+        while self._waiting and self._free:
+            key = self._waiting.popleft()
+            self._reading[key] = self._submit(key, urgent=True)
+
+    def _collect(self) -> list[ExpertKey]:
+        """Wait until a needed read has landed, then take all that have."""
+        assert self._reading, "no slot is free and none will be"
+        ready = self._take_landed()
+        while not ready:
+            start = time.perf_counter()
+            reading = self._pool.landed.get()
+            self._wait_s += time.perf_counter() - start
+            if self._take(reading):
+                ready = [reading.key, *self._take_landed()]
+        return ready
+
+    def _take_landed(self) -> list[ExpertKey]:
+        ready = []
+        while not self._pool.landed.empty():
+            reading = self._pool.landed.get()
+            if self._take(reading):
+                ready.append(reading.key)
+        return ready
+
+    def _take(self, reading: Reading) -> bool:
+        # Whether a read that has landed was needed. StoreError if it was and failed.
+        reading.landed, error = True, reading.error
+        self._bytes += self.record_bytes if error is None else 0
+        if reading.dropped:
+            self._dropping -= 1
+            self._free.append(reading.slot)
+            return False
+        if self._reading.pop(reading.key, None) is None:
+            return False  # read ahead: it stays where it is until it is needed or dropped
+        if error is not None:
+            self._free.append(reading.slot)
             if isinstance(error, StoreError):
                 raise error
+            key = reading.key
             raise StoreError(
                 f"layer {key.layer} expert {key.expert} could not be read: {error!r}",
                 fix="check the disk, then `moelite verify` the store",
             ) from error
-        self._slot[key] = slot
-        self._place(key, slot)
-        self._bytes += self.record_bytes
-        return key
+        self._keep(reading)
+        return True
+
+    def _keep(self, reading: Reading) -> None:
+        self._slot[reading.key] = reading.slot
+        self._place(reading.key, reading.slot)
 
     def _settle(self) -> list[ExpertKey]:
         """Cancel what has not begun, wait for the rest; the experts whose bytes arrived."""
-        for future in self._reading:
-            future.cancel()
+        for key, reading in list(self._reading.items()):
+            if self._pool.cancel(reading):
+                del self._reading[key]
+                self._free.append(reading.slot)
         arrived = []
         while self._reading:
+            reading = self._pool.landed.get()
             try:
-                arrived.append(self._take(self._landed.get()))
+                if self._take(reading):
+                    arrived.append(reading.key)
             except StoreError:
                 continue  # its slot is free again; the call that wanted it has its own error
         return arrived

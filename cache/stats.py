@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStats:
     """A snapshot; subtract an earlier one to get what happened between the two.
 
-    hits, misses: experts found and not found, each counted once per layer and call.
+    hits, misses: experts found and not found, each counted once per layer and call, whether or not
+    a miss was read ahead.
     bytes_read: bytes that arrived in slots.
     wait_s: seconds the caller was blocked on a read; overlap with its own work is not counted.
+    read_s: seconds in which at least one read was under way.
+    useful, late, wasted: reads ahead of need that had landed when they were needed, that were
+    still under way, and that were not needed.
     """
 
     hits: int = 0
     misses: int = 0
     bytes_read: int = 0
     wait_s: float = 0.0
+    read_s: float = 0.0
+    useful: int = 0
+    late: int = 0
+    wasted: int = 0
 
     def __sub__(self, earlier: CacheStats) -> CacheStats:
-        return CacheStats(
-            hits=self.hits - earlier.hits,
-            misses=self.misses - earlier.misses,
-            bytes_read=self.bytes_read - earlier.bytes_read,
-            wait_s=self.wait_s - earlier.wait_s,
-        )
+        names = [field.name for field in fields(self)]
+        return CacheStats(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
 
     @property
     def hit_rate(self) -> float:
         """Share of lookups that were hits; 0 where nothing was looked up."""
         return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def read_bytes_s(self) -> float:
+        """Bytes a second while reading; 0 where nothing was read."""
+        return self.bytes_read / self.read_s if self.read_s > 0 else 0.0

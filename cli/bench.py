@@ -14,9 +14,11 @@ from moelite.cli.bars import progress_on_stderr
 from moelite.cli.common import (
     ContextOption,
     KVOption,
+    LookaheadOption,
     ModelArgument,
     OfflineOption,
     RamOption,
+    ReadsOption,
     ThreadsOption,
     open_model,
 )
@@ -36,6 +38,8 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     context: ContextOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
+    reads: ReadsOption = "auto",
+    lookahead: LookaheadOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the random prompt.")] = 0,
     offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -48,6 +52,7 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     from moelite.bench import bench as measure
 
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
+    settings.update(reads=reads, lookahead=lookahead)
     with open_model(store, offline=offline, **settings) as model:
         with progress_on_stderr("bench", "runs") as progress:
             report = measure(

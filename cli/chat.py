@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,9 +10,11 @@ from moelite.cli.common import (
     BUILTIN,
     ContextOption,
     KVOption,
+    LookaheadOption,
     ModelArgument,
     OfflineOption,
     RamOption,
+    ReadsOption,
     ThreadsOption,
     both_terminals,
     open_model,
@@ -29,6 +31,8 @@ def chat(  # noqa: PLR0913 - one parameter for each option
     context: ContextOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
+    reads: ReadsOption = "auto",
+    lookahead: LookaheadOption = "auto",
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="A system prompt.", show_default=False)
     ] = "",
@@ -41,9 +45,9 @@ def chat(  # noqa: PLR0913 - one parameter for each option
 
     Answers stream; Ctrl-C stops one and keeps it; /help lists the commands.
     """
-    with open_model(
-        model, ram=ram, context=context, threads=threads, kv=kv, offline=offline
-    ) as loaded:
+    settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
+    settings.update(reads=reads, lookahead=lookahead)
+    with open_model(model, offline=offline, **settings) as loaded:
         converse(loaded, model or BUILTIN, system=system, keep_history=not no_history)
 
 

@@ -58,6 +58,14 @@ ThreadsOption = Annotated[
 KVOption = Annotated[
     KV, typer.Option("--kv", help="Format of the keys and values that attention keeps.")
 ]
+ReadsOption = Annotated[
+    Literal["auto", "direct", "page-cache"],
+    typer.Option("--reads", help="Read experts past the system's page cache, or through it."),
+]
+LookaheadOption = Annotated[
+    Literal["auto", "on", "off"],
+    typer.Option("--lookahead", help="Read ahead what the next layer will perhaps need."),
+]
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use what is on this machine; never the network.")
 ]
@@ -199,8 +207,12 @@ def open_model(
     threads: int | None,
     kv: KV,
     offline: bool,
+    **options: Any,
 ) -> Iterator[Model]:
-    """The model that `name` means, loaded within its budget; closed afterwards."""
+    """The model that `name` means, loaded within its budget; closed afterwards.
+
+    options: further ones of moelite.engine.load.
+    """
     console = stderr_console()
     store = find_store(name, offline=offline, console=console)
     from rich.markup import escape
@@ -214,6 +226,7 @@ def open_model(
             context=context,
             threads=threads,
             kv=kv,
+            **options,
             on_compile=lambda note: status.update(escape(note)),
         )
     with model:

@@ -12,9 +12,11 @@ from moelite.cli.common import (
     BUILTIN,
     ContextOption,
     KVOption,
+    LookaheadOption,
     ModelArgument,
     OfflineOption,
     RamOption,
+    ReadsOption,
     ThreadsOption,
     open_model,
 )
@@ -66,6 +68,8 @@ def run(  # noqa: PLR0913 - one parameter for each option
     context: ContextOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
+    reads: ReadsOption = "auto",
+    lookahead: LookaheadOption = "auto",
     offline: OfflineOption = False,
 ) -> None:
     """Answer one prompt, from -p, from a pipe, or from both.
@@ -84,9 +88,9 @@ def run(  # noqa: PLR0913 - one parameter for each option
     }
     changes = {name: value for name, value in given.items() if value is not None}
     check(changes)
-    with open_model(
-        model, ram=ram, context=context, threads=threads, kv=kv, offline=offline
-    ) as loaded:
+    settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
+    settings.update(reads=reads, lookahead=lookahead)
+    with open_model(model, offline=offline, **settings) as loaded:
         answer(
             loaded, model or BUILTIN, prompt_ids(loaded, text, system, raw=raw), changes, as_json
         )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from moelite.attention import KVFormat
 from moelite.bandwidth import read_speed
 from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
+from moelite.drive import DriveSpeed, drive_speed
 from moelite.errors import CheckpointError, UsageError
 from moelite.kv import KVCache
+from moelite.lookahead import Choice, Lookahead
 from moelite.machine import allocate, memory
 from moelite.model import Decoder, OnRoute
 from moelite.models import build
@@ -31,7 +33,8 @@ from moelite.units import parse_bytes
 from moelite.workspace import Workspace
 
 DEFAULT_CONTEXT = 4096
-READERS = 4  # drives need 2 to 8 reads in flight to reach their speed
+READERS = 4  # threads that read experts where the drive was not asked
+Reads = Literal["auto", "direct", "page-cache"]
 
 
 class _StoreWeights:
@@ -53,10 +56,11 @@ class _StoreWeights:
         return self._block[start : start + nbytes]
 
     def read(self, key: str) -> U8:
-        return self._store.read_dense(key, self.room(self._store.dense_entry(key).nbytes))
+        room = self.room(self._store.dense_entry(key).nbytes)
+        return self._store.read_dense(key, room, verify=True)
 
     def borrow(self, key: str) -> U8:
-        return self._store.read_dense(key)
+        return self._store.read_dense(key, verify=True)
 
 
 class Model:
@@ -65,8 +69,17 @@ class Model:
     One thread at a time: generation, sessions and `forward` share one kv and one set of buffers.
     """
 
-    def __init__(self, store: Store, arch: Arch, footprint: Footprint, kv: KVFormat) -> None:
+    def __init__(
+        self,
+        store: Store,
+        arch: Arch,
+        footprint: Footprint,
+        kv: KVFormat,
+        drive: DriveSpeed | None = None,
+        lookahead: Choice = "auto",
+    ) -> None:
         self.store, self.arch, self.footprint = store, arch, footprint
+        self.drive = drive  # None: every expert fits in memory, so nobody asked
         self.context = footprint.context
         self._tokenizer: Tokenizer | None = None
         if "tokenizer.json" in store.manifest.files:
@@ -76,9 +89,10 @@ class Model:
             arena=allocate_arena(footprint.slots, footprint.record_bytes),
             record_bytes=footprint.record_bytes,
             quotas=quotas(arch, footprint.slots),
-            read=store.read_record,
-            readers=READERS,
+            read=store.load_record,
+            readers=drive.depth if drive else READERS,
         )
+        self.lookahead = Lookahead(lookahead)
         work = Workspace(arch, footprint.chunk, footprint.threads)
         self._decoder = Decoder(
             arch,
@@ -89,6 +103,7 @@ class Model:
             kv=KVCache(arch, self.context, kv),
             team=self.team,
         )
+        self._decoder.lookahead = self.lookahead
         self._session: Session | None = None
 
     @property
@@ -206,7 +221,23 @@ def _threads(threads: int | None) -> int:
     return threads
 
 
-def load(
+def _choose_reads(store: Store, footprint: Footprint, reads: Reads) -> DriveSpeed | None:
+    """Sets store.direct; what the drive gives, where it will be read from all the time."""
+    if reads not in get_args(Reads):
+        raise UsageError(
+            f"reads {reads!r} is not known", fix=f"one of {', '.join(get_args(Reads))}"
+        )
+    whole = footprint.experts_resident >= footprint.experts_total
+    drive = None if whole else drive_speed(store.path, footprint.record_bytes)
+    spare = memory().available_bytes - footprint.used_bytes
+    kept = spare >= footprint.experts_bytes  # by the page cache, once read
+    store.direct = reads == "direct" or (
+        reads == "auto" and not kept and (drive is None or drive.direct)
+    )
+    return drive
+
+
+def load(  # noqa: PLR0913 - one for each choice a user has
     path: str | Path,
     *,
     ram: str | int | None = None,
@@ -214,14 +245,19 @@ def load(
     threads: int | None = None,
     kv: KVFormat = "f16",
     chunk: int | None = None,
+    reads: Reads = "auto",
+    lookahead: Choice = "auto",
     on_compile: Callable[[str], None] | None = None,
 ) -> Model:
     """Loads the store at `path` within `ram` (default: four fifths of free memory).
 
     context: tokens to keep (default 4096, or all positions the model knows if fewer). kv: format of
-    keys and values. chunk: prompt tokens computed at once (default: by the budget). on_compile:
-    told about the one-time compilation of kernels. Raises BudgetError if it does not fit, naming
-    the minimum, and StoreError if `path` is not a sound store.
+    keys and values. chunk: prompt tokens computed at once (default: by the budget). reads: experts
+    past the page cache or through it (default: through it where it has room for all of them, or
+    where that is faster). lookahead: whether the next layer's experts are guessed and read ahead
+    (default: where it is faster). on_compile: told about the one-time compilation of kernels.
+    Raises BudgetError if it does not fit, naming the minimum, and StoreError if `path` is not a
+    sound store.
     """
     store = Store.open(Path(path))
     try:
@@ -239,7 +275,8 @@ def load(
         if not footprint.fits:
             raise refuse(footprint, store.path.name)
         warm.ensure({store.expert_format, store.dense_format}, on_compile)
-        return Model(store, arch, footprint, kv)
+        drive = _choose_reads(store, footprint, reads)
+        return Model(store, arch, footprint, kv, drive, lookahead)
     except BaseException:
         store.close()
         raise

@@ -51,7 +51,7 @@ _NO_JOB = FeedForwardJob(
 _NO_SUM = Sum(ops.EMPTY, 0, 0, ops.EMPTY, ops.EMPTY, 0, ops.EMPTY)
 _NOTHING_ROUTED = Routed(
     Rule(0, 0, False, np.float32(0)),
-    *(0, _NO_I32, _NO_I32, ops.EMPTY, ops.EMPTY),
+    *(0, _NO_I32, _NO_I32, ops.EMPTY, _NO_I32, ops.EMPTY),
     *(_NO_PARTS, _NO_JOB, _NO_SUM),
 )
 _NOTHING_DENSE = Dense(_NO_PARTS, _NO_JOB, _NO_SUM, NO_MATRIX, ops.EMPTY)
@@ -87,6 +87,10 @@ class ExpertSource(Protocol):
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
         """Experts that all are in memory were used."""
+        ...
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts that `layer` will perhaps need next, likeliest first."""
         ...
 
     def batches(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
@@ -235,6 +239,7 @@ def _routed(
         experts.slots_of(number, spec.num_experts),
         work.selected[number, :k],
         weights,
+        work.guessed[number, :k],
         work.router_scores,
         parts,
         job,

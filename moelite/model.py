@@ -20,6 +20,7 @@ from moelite.layers import (
     load_matrix,
     load_norm,
 )
+from moelite.lookahead import Lookahead
 from moelite.program import FeedForward, FeedForwardJob, Program, Sum
 from moelite.quant.base import F32, RecordLayout, pad
 from moelite.routing import route
@@ -29,6 +30,8 @@ from moelite.step import (
     LAYER_PHASES,
     LAYER_WORDS,
     LAYERS,
+    NO_GUESS,
+    OWN_NORM,
     PARTS,
     clock,
     part_address,
@@ -39,6 +42,9 @@ from moelite.workspace import Workspace
 
 # Multiply-adds of a layer below which a second thread costs more than it saves: 16 phases of 0.3 us
 _ALONE = 200_000
+
+# Share of a layer's experts that a chunk uses, above which the next layer's are read ahead unseen
+_NEARLY = 0.9
 
 OnRoute = Callable[[int, I32], None]  # (layer, selected experts [T, K])
 
@@ -60,6 +66,8 @@ class Decoder:
         kv: KVCache,
         team: Team,
     ) -> None:
+        self.lookahead = Lookahead("off")
+        self.guess = OWN_NORM  # how, where the lookahead wants it: see moelite.step
         self.arch, self.work, self.kv = arch, work, kv
         self.on_route: OnRoute | None = None
         self._team, self._experts = team, experts
@@ -70,6 +78,7 @@ class Decoder:
         shape = arch.vocab_size, arch.hidden_size
         matrix = matrix_of(source.format_of(embed), packed, 0, *shape)
         self._logits = np.zeros(pad(arch.vocab_size, 8), np.float32)
+        self._guessing, self._missing = False, 0
         self._logits_of = -1  # the row of the last chunk that they belong to
         ropes, build = RopeTables(arch, kv.context), Builder(arch, source, experts, layout)
         layers = [build.layer(i, ropes, work, kv) for i in range(len(arch.layers))]
@@ -85,6 +94,7 @@ class Decoder:
             norm=norm,
             head=head,
             buffers=layers[0].buffers,
+            ahead=work.ahead,
             logits=self._logits,
             state=self._state,
             times=self._times,
@@ -108,18 +118,23 @@ class Decoder:
         rows = np.asarray(ids, np.int64)
         self.work.span[1] = tokens = rows.size
         self._logits_of, first, layers = -1, 0, len(self.arch.layers)
+        self._guessing = tokens == 1 and self.lookahead.wanted()
+        guess = self.guess if self._guessing else NO_GUESS
+        began, self._missing = time.perf_counter(), 0
         while True:
-            words = [LAYERS, self._at, rows.ctypes.data, tokens, start, first]
+            words = [LAYERS, self._at, rows.ctypes.data, tokens, start, first, guess]
             self._run(words, tokens, rows, (layers - first + 2) * LAYER_PHASES)
             stop = int(self._state[0])
             if tokens == 1:
                 self._settle(first, layers if stop < 0 else stop)
             if stop < 0:
                 break
+            self._missing += 1
             self._route_to(stop, tokens)
             first = stop + 1
         if tokens == 1:
             self._logits_of = 0
+            self.lookahead.told(time.perf_counter() - began, self._missing)
         if each is not None:
             for i in range(rows.size):
                 each(i, self.logits(i))
@@ -154,8 +169,22 @@ class Decoder:
                 self._tell(i, selected[None])
 
     def _tell(self, layer: int, selected: I32) -> None:
+        if self._guessing and layer and isinstance(self.arch.layers[layer - 1].mlp, MoE):
+            found = set(selected[0].tolist())
+            self.lookahead.guessed += len(found)
+            self.lookahead.right += len(found.intersection(self.work.guessed[layer].tolist()))
         if self.on_route is not None:
             self.on_route(layer, selected)
+
+    def _expect(self, layer: int, tokens: int, used: int) -> Sequence[int]:
+        # which experts `layer` will need, as far as it can be told: those that were guessed for one
+        # token; all, where a chunk used nearly all of the layer before
+        mlp = self.arch.layers[layer].mlp if layer < len(self.arch.layers) else None
+        if not isinstance(mlp, MoE):
+            return ()
+        if tokens == 1:
+            return self.work.guessed[layer, : mlp.router.top_k].tolist() if self._guessing else ()
+        return range(mlp.num_experts) if used >= _NEARLY * mlp.num_experts else ()
 
     def _route_to(self, layer: int, tokens: int) -> None:
         """x += the routed experts' weighted outputs, in the router's order."""
@@ -175,8 +204,9 @@ class Decoder:
         # each expert once: the order of one token's own choice, or ascending
         wanted = flat.tolist() if tokens == 1 else np.unique(flat).tolist()
         runs = {e: order[ends[e - 1] if e else 0 : ends[e]] for e in wanted}
-        left = len(wanted)
+        left, ahead = len(wanted), self._expect(layer + 1, tokens, len(wanted))
         for batch in self._experts.batches(layer, wanted):
+            self._experts.prefetch(layer + 1, ahead)
             left -= len(batch)
             target = np.concatenate([runs[e] for e, _ in batch])
             first = np.cumsum([0, *(runs[e].size for e, _ in batch)])

@@ -124,6 +124,7 @@ class Routed(NamedTuple):
     """The routed experts of a layer as one token uses them. rule.top_k 0: the layer has none.
 
     slots [E]: where in the arena an expert is, or -1. selected, weights [K]: what the router chose.
+    guessed [K]: what the layer before expects it to choose.
     scores [E]: scratch. job.base, first and target are filled by the token's step.
     """
 
@@ -132,6 +133,7 @@ class Routed(NamedTuple):
     slots: I32
     selected: I32
     weights: F32
+    guessed: I32
     scores: F32
     parts: FeedForward
     job: FeedForwardJob
@@ -163,6 +165,15 @@ class LayerWords(NamedTuple):
     dense: Dense
 
 
+class Ahead(NamedTuple):
+    """Buffers of a guess at the next layer's experts: its router's input, of one token, its logits
+    [E] and weights [K]."""
+
+    act: Act
+    logits: F32
+    weights: F32
+
+
 class Program(NamedTuple):
     """A model: its table of layers, and what comes before and after them.
 
@@ -179,6 +190,7 @@ class Program(NamedTuple):
     norm: ops.NormWeights
     head: Matrix
     buffers: LayerBuffers
+    ahead: Ahead
     logits: F32
     state: I64
     times: I64

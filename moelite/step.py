@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from moelite import ops
 from moelite.dispatch import unpack_row
 from moelite.jit import entry, inlined, inner, kernel
 from moelite.kernels import attention, feed_forward, first_row, head, product, query_matrix
@@ -40,7 +41,10 @@ LAYERS, EXPERTS, HEAD = range(3)  # kinds of jobs
 PARTS = ("attention", "router", "experts", "dense", "head")  # what Program.times counts
 _ATTENTION, _ROUTER, _EXPERTS, _DENSE, _HEAD = range(5)
 
-LAYER_PHASES = 16  # the most that a layer takes, 15, and room for embedding and head
+LAYER_PHASES = 20  # the most that a layer takes, 18, and room for embedding and head
+# how the next layer's experts are guessed: not at all, its router applied to this layer's router
+# input, or to the residual normed by the next layer's norm
+NO_GUESS, OWN_NORM, NEXT_NORM = range(3)
 JOB_WORDS = 96  # the longest job, EXPERTS, has 78
 
 
@@ -58,6 +62,7 @@ _SUM_AT = _ACT_AT + size_of(Act)
 _TOKENS_AT = 2 + _SUM_AT + size_of(Sum)
 
 _buffers, _router_matrix = field(LayerWords, "buffers"), field(LayerWords, "attention.router")
+_post_norm = field(LayerWords, "attention.post_norm")
 _routed, _dense_part = field(LayerWords, "routed"), field(LayerWords, "dense")
 _top_k = field(LayerWords, "routed.rule.top_k")
 _dense_rows = field(LayerWords, "dense.parts.down.rows")
@@ -109,12 +114,45 @@ def _choose_one(table, at):
 
 
 @inlined
-def _choose(crew, phase, table, at, tokens):
-    # many tokens, or a missing expert: the job ends here, it is Python's turn
+def _look_ahead(crew, phase, program, at, guess):
+    # the logits that the router of the layer at words[at] would give for what there is by now
+    io, act, matrix = program.buffers, program.buffers.normed, _router_matrix(program.table, at)
+    if guess == NEXT_NORM:
+        act, mine = program.ahead.act, 0
+        piece = take(crew, phase, 1)
+        while piece < 1:
+            ops.norm_run(io.x, 0, _post_norm(program.table, at), act.x, 0)
+            mine += 1
+            piece = take(crew, phase, 1)
+        finish(crew, phase, mine, 1)
+    to = np.int64(1), program.ahead.logits, program.ahead.logits.size
+    product(crew, phase + 1, matrix, act, io.rows, to, first_row(crew, matrix))
+
+
+@inner
+def _guess_missing(program, at):
+    # the guessed experts of the layer at words[at]; whether one is missing
+    routed, ahead = _routed(program.table, at), program.ahead
+    out = routed.guessed, ahead.weights, 0
+    route_row(ahead.logits, 0, routed.rule, routed.scores, out)
+    missing = False
+    for k in range(routed.rule.top_k):
+        if routed.slots[routed.guessed[k]] < 0:
+            missing = True
+    return missing
+
+
+@inlined
+def _choose(crew, phase, program, at, tokens, guess):
+    # many tokens, or an expert that is missing or soon will be: the job ends here, it is Python's
+    # turn. guess: the next layer's experts are guessed, too
     mine = 0
     piece = take(crew, phase, 1)
     while piece < 1:
-        if tokens > 1 or _choose_one(table, at):
+        stop = tokens > 1 or _choose_one(program.table, at)
+        if guess and _guess_missing(program, at + LAYER_WORDS):
+            stop = True
+        if stop:
             stop_job(crew, phase)
         mine += 1
         piece = take(crew, phase, 1)
@@ -197,7 +235,7 @@ def _feed_layer(crew, phase, program, at, what, tokens, after):
 
 
 @inner
-def _layers(crew, program, ids, position, first):
+def _layers(crew, program, ids, position, first, guess):
     # tokens through the layers from `first` on, until experts are needed that Python has to see to:
     # returns that layer, else -1. Where it goes on after one, its shared expert is due.
     now, phase, table = ticks(), np.int64(0), program.table
@@ -221,7 +259,13 @@ def _layers(crew, program, ids, position, first):
         now = _clock(crew, times, _ATTENTION, now)
         if _top_k(table, at):
             _router(crew, phase, table, at, tokens)
-            _choose(crew, phase + 1, table, at, tokens)
+            kind = np.int64(NO_GUESS)
+            if tokens == 1 and number + 1 < program.layers and _top_k(table, at + LAYER_WORDS):
+                kind = guess
+            if kind:
+                _look_ahead(crew, phase + 1, program, at + LAYER_WORDS, kind)
+                phase += 2
+            _choose(crew, phase + 1, program, at, tokens, kind)
             now = _clock(crew, times, _ROUTER, now)
             if stopped(crew, phase + 1):
                 return number
@@ -241,7 +285,7 @@ def _run(crew, words):
     if words[0] == LAYERS:
         ids = i64_at(words[2], words[3])
         row = np.int64(-1)
-        stop = _layers(crew, program, ids, words[4], words[5])
+        stop = _layers(crew, program, ids, words[4], words[5], words[6])
         if crew.tid == 0:  # nobody else: he may be late, and this another job's
             program.state[0] = stop
         if stop < 0:

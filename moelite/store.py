@@ -12,10 +12,11 @@ import threading
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from moelite.drive import let_go, open_for_reading
 from moelite.errors import StoreError
 from moelite.quant.base import ALIGN, U8
 from moelite.storefile import (
@@ -34,8 +35,7 @@ from moelite.storefile import (
 from moelite.tensorfile import Header, TensorInfo, pread_into, read_header
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class ExpertKey:
+class ExpertKey(NamedTuple):
     """Names one routed expert."""
 
     layer: int
@@ -52,7 +52,11 @@ class DenseEntry:
 
 
 class Store:
-    """An open store. Reads are positional, thread-safe, and checked for length."""
+    """An open store. Reads are positional, thread-safe, and checked for length.
+
+    direct: records are read past the page cache, into memory that begins on a page, and dense
+    tensors do not stay in it. Set it before the first read.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, config: dict[str, Any]) -> None:
         self.path = path
@@ -61,7 +65,9 @@ class Store:
         self.layout = manifest.layout
         self.expert_format = manifest.experts
         self.dense_format = manifest.dense
+        self.direct = False
         self._files: dict[str, tuple[int, Header]] = {}
+        self._checked: set[ExpertKey] = set()
         self._lock = threading.Lock()
 
     @classmethod
@@ -110,6 +116,8 @@ class Store:
         out = _aligned(entry.nbytes) if out is None else out
         index = list(header.tensors).index(key) if verify else None
         self._fill(fd, out, info.offset, (DENSE, f"tensor {key!r}", index))
+        if self.direct:
+            let_go(fd, info.offset, info.nbytes)
         return out
 
     def read_record(self, key: ExpertKey, out: U8, *, verify: bool = False) -> None:
@@ -131,6 +139,14 @@ class Store:
             raise StoreError(f"{self.path / name}: {what}: the file holds other records")
         place = (name, what, key.expert if verify else None)
         self._fill(fd, out[:size], info.offset + key.expert * size, place)
+
+    def load_record(self, key: ExpertKey, out: U8) -> None:
+        """As `read_record`; verified the first time that this Store reads the expert.
+
+        Damage on the disk thus never reaches a token, and costs nothing from then on.
+        """
+        self.read_record(key, out, verify=key not in self._checked)
+        self._checked.add(key)
 
     def sidecars(self) -> dict[str, bytes]:
         """The checkpoint's small files (config, tokenizer, template) by name."""
@@ -164,7 +180,15 @@ class Store:
         with self._lock:
             if name not in self._files:
                 header = read_header(self.path / name, StoreError)
-                self._files[name] = (os.open(self.path / name, os.O_RDONLY), header)
+                try:
+                    direct = self.direct and name != DENSE  # whose tensors begin anywhere
+                    fd = open_for_reading(self.path / name, direct=direct)
+                except OSError as problem:
+                    raise StoreError(
+                        f"{self.path / name} cannot be opened: {problem.strerror}",
+                        fix="check the disk, and that nobody removed the store",
+                    ) from problem
+                self._files[name] = fd, header
             return self._files[name]
 
     def _fill(self, fd: int, out: U8, offset: int, place: tuple[str, str, int | None]) -> None:

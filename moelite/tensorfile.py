@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from moelite.errors import MoeliteError
 
+_seeking = threading.Lock()
 HEADER_LIMIT = 100_000_000  # bytes; what the safetensors library allows too
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
@@ -146,11 +148,21 @@ def build_header(
     return header, {name: len(header) + begin for name, begin in begins.items()}
 
 
+def _read_at(fd: int, out: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [out], offset)
+    with _seeking:  # Windows has no positional reads
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(out))
+    out[: len(data)] = data
+    return len(data)
+
+
 def pread_into(fd: int, out: memoryview, offset: int) -> int:
     """Fill `out` (bytes) from `offset`; the count read, less than asked only at the file's end."""
     done = 0
     while done < len(out):
-        count = os.preadv(fd, [out[done:]], offset + done)
+        count = _read_at(fd, out[done:], offset + done)
         if count == 0:
             break
         done += count

@@ -76,8 +76,10 @@ def flat(batches: list[list[int]]) -> list[int]:
 def check(cache: ExpertCache) -> None:
     """Every slot is free or resident, once; residents are what the policy says."""
     held = {key: slot for key, slot in cache._slot.items()}
-    assert sorted([*cache._free, *held.values()]) == list(range(cache.slots))
+    ahead = [reading.slot for reading in cache._ahead.values()]
+    assert sorted([*cache._free, *held.values(), *ahead]) == list(range(cache.slots))
     assert not cache._reading
+    assert not cache._waiting
     assert {k for k in held} == {ExpertKey(i, e) for i in cache._lru for e in cache.resident(i)}
     for key, slot in held.items():
         assert (cache.slot_view(slot) == mark(key)).all()

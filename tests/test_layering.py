@@ -16,7 +16,7 @@ LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
     {"engine", "convert", "demo", "demo_files", "bench"},
-    {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu"}
+    {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "lookahead"}
     | {"inventory", "packing"},
     {"cache", "store", "storefile", "models"},
     {
@@ -41,9 +41,9 @@ LAYERS = (
             "dispatch",
         },
         *{"kv", "rope", "workspace", "threads", "sampling", "tokenizer", "template", "sandbox"},
-        *{"jit", "tensorfile", "machine", "process"},
+        *{"jit", "tensorfile", "machine", "process", "drive"},
     },
-    {"errors", "units"},
+    {"errors", "units", "notes"},
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 

@@ -1,0 +1,208 @@
+"""How this machine's drive reads records: with or past the page cache, how many at once, how fast.
+
+Positional reads of whole records at random places, as a run makes them. A read past the page cache
+(O_DIRECT; F_NOCACHE on macOS) costs no memory beside the slot it fills and no copy; where a file
+system refuses it, or is faster with it, the page cache is used. What was found is kept for each
+device and record size; the speed, which changes with what else uses the drive, is measured anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from moelite.notes import read_notes, write_notes
+from moelite.tensorfile import pread_into
+
+DEPTHS = (2, 4, 8)  # reads in flight; one alone leaves the drive idle while its bytes are checked
+PAGE = 4096
+_NOTES = "drives.json"
+_FRESH_S = 30.0  # a speed younger than this is not measured again
+_TRIAL_S = 0.1
+_QUICK_S = 0.25
+_F_NOCACHE = 48  # fcntl.F_NOCACHE, which the module lacks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveSpeed:
+    """What a drive gives at one record size.
+
+    direct: past the page cache. depth: reads in flight. bytes_s: bytes a second at both.
+    page_cache_bytes_s: of records that the page cache holds.
+    """
+
+    direct: bool
+    depth: int
+    bytes_s: float
+    page_cache_bytes_s: float
+
+
+def open_for_reading(path: Path, *, direct: bool) -> int:
+    """A file descriptor for positional reads. direct: offsets, sizes and addresses must be
+    multiples of 4096. OSError where the file system has no such reads."""
+    if direct and hasattr(os, "O_DIRECT"):
+        return os.open(path, os.O_RDONLY | os.O_DIRECT)
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))  # Windows reads text else
+    if direct:
+        try:
+            import fcntl
+
+            fcntl.fcntl(fd, _F_NOCACHE, 1)
+        except (ImportError, OSError) as problem:
+            os.close(fd)
+            raise OSError("no reads past the page cache here") from problem
+    return fd
+
+
+def let_go(fd: int, offset: int = 0, size: int = 0) -> None:
+    """Tells the system that this part of a file (size 0: to its end) need not stay in memory."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def drive_speed(path: Path, record_bytes: int) -> DriveSpeed:
+    """Of the drive that holds `path`, a file or a folder whose largest file is taken.
+
+    The first time for a device and record size about a second of reads, then a quarter of one.
+    OSError if nothing there can be read.
+    """
+    file = _largest(path)
+    device = file.stat().st_dev
+    key = f"{device >> 8}:{device & 255} {1 << (record_bytes - 1).bit_length()}"
+    notes = read_notes(_NOTES)
+    found = _noted(notes.get(key))
+    if found is not None and time.time() - notes[key]["at"] < _FRESH_S:
+        return found
+    trial = _Trial(file, record_bytes)
+    found = trial.choose() if found is None else trial.again(found)
+    note = {name: getattr(found, name) for name in DriveSpeed.__dataclass_fields__}
+    write_notes(_NOTES, {**read_notes(_NOTES), key: {**note, "at": time.time()}})
+    return found
+
+
+def _largest(path: Path) -> Path:
+    if path.is_dir():
+        return max((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_size)
+    return path
+
+
+def _noted(note: object) -> DriveSpeed | None:
+    try:
+        assert isinstance(note, dict)
+        float(note["at"])
+        found = DriveSpeed(
+            direct=bool(note["direct"]),
+            depth=int(note["depth"]),
+            bytes_s=float(note["bytes_s"]),
+            page_cache_bytes_s=float(note["page_cache_bytes_s"]),
+        )
+    except (AssertionError, KeyError, TypeError, ValueError):
+        return None
+    return found if 1 <= found.depth <= 64 and found.bytes_s > 0 else None
+
+
+class _Trial:
+    """Reads random records of a file for a while."""
+
+    def __init__(self, file: Path, record_bytes: int) -> None:
+        self._file = file
+        size = file.stat().st_size
+        if size < PAGE:
+            raise OSError(f"{file} is too small to measure a drive with")
+        self._record = max(PAGE, min(record_bytes, size) // PAGE * PAGE)
+        self._places = max(1, size // self._record)
+        self._random = random.Random()  # other places each time: none that are cached by now
+
+    def choose(self) -> DriveSpeed:
+        """Tries the depths in turn, twice, then the page cache."""
+        direct = True
+        try:
+            os.close(open_for_reading(self._file, direct=True))
+            self._speed(1, direct=True, seconds=0)
+        except OSError:
+            direct = False
+        speeds = dict.fromkeys(DEPTHS, 0.0)
+        buffered = 0.0
+        for _ in range(2):
+            for depth in DEPTHS:
+                speed = self._speed(depth, direct=direct, seconds=_TRIAL_S)
+                speeds[depth] = max(speeds[depth], speed)
+            if direct:
+                speed = self._speed(4, direct=False, seconds=_TRIAL_S)
+                buffered = max(buffered, speed)
+        best = max(speeds.values())
+        depth = next(d for d in DEPTHS if speeds[d] >= 0.9 * best)
+        if direct and buffered > 1.25 * best:  # it must pay for the memory it takes
+            direct, depth, best = False, 4, buffered
+        return DriveSpeed(
+            direct=direct,
+            depth=depth,
+            bytes_s=speeds[depth] or best,
+            page_cache_bytes_s=self._warm(),
+        )
+
+    def again(self, found: DriveSpeed) -> DriveSpeed:
+        """The speed of now, at what was chosen before."""
+        try:
+            speed = self._speed(found.depth, direct=found.direct, seconds=_QUICK_S)
+        except OSError:  # another file system on the same device number
+            return self.choose()
+        return DriveSpeed(
+            direct=found.direct,
+            depth=found.depth,
+            bytes_s=speed,
+            page_cache_bytes_s=found.page_cache_bytes_s,
+        )
+
+    def _speed(self, depth: int, *, direct: bool, seconds: float) -> float:
+        # bytes a second; at least one record a thread is read
+        fd = open_for_reading(self._file, direct=direct)
+        failed: list[OSError] = []
+        try:
+            if not direct:
+                let_go(fd)
+            start = time.perf_counter()
+            counts: list[list[int]] = [[0] for _ in range(depth)]
+            team = [
+                threading.Thread(target=self._read, args=(fd, start + seconds, done, failed))
+                for done in counts
+            ]
+            for thread in team:
+                thread.start()
+            for thread in team:
+                thread.join()
+            passed = time.perf_counter() - start
+        finally:
+            os.close(fd)
+        if failed:
+            raise failed[0]
+        return sum(done[0] for done in counts) / passed
+
+    def _read(self, fd: int, until: float, done: list[int], failed: list[OSError]) -> None:
+        with mmap.mmap(-1, self._record) as block, memoryview(block) as view:
+            try:
+                while True:
+                    place = self._random.randrange(self._places) * self._record
+                    done[0] += pread_into(fd, view, place)
+                    if time.perf_counter() >= until:
+                        return
+            except OSError as problem:
+                failed.append(problem)
+
+    def _warm(self) -> float:
+        # of one record, read again at once
+        best, fd = 0.0, open_for_reading(self._file, direct=False)
+        with mmap.mmap(-1, self._record) as block, memoryview(block) as view:
+            for _ in range(4):
+                start = time.perf_counter()
+                pread_into(fd, view, 0)
+                best = max(best, self._record / (time.perf_counter() - start))
+        os.close(fd)
+        return best
