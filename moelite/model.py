@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from moelite import ops
 from moelite.arch import Arch, MoE
 from moelite.dispatch import matrix_of
+from moelite.expertjobs import ExpertJobs
 from moelite.kv import KVCache
 from moelite.layers import (
     Builder,
@@ -21,11 +21,10 @@ from moelite.layers import (
     load_norm,
 )
 from moelite.lookahead import Lookahead
-from moelite.program import FeedForward, FeedForwardJob, Program, Sum
+from moelite.program import Program
 from moelite.quant.base import F32, RecordLayout, pad
 from moelite.routing import route
 from moelite.step import (
-    EXPERTS,
     HEAD,
     LAYER_PHASES,
     LAYER_WORDS,
@@ -71,7 +70,6 @@ class Decoder:
         self.arch, self.work, self.kv = arch, work, kv
         self.on_route: OnRoute | None = None
         self._team, self._experts = team, experts
-        self._parts: FeedForward = expert_parts(layout, experts.arena)
         norm, head = load_norm(source, arch.norm), load_matrix(source, arch.head)
         embed = arch.embed.key
         packed = head.packed if arch.tied else source.read(embed)
@@ -103,6 +101,8 @@ class Decoder:
         self._program = np.array(words_of(program), np.int64)
         self._kept = layers, program
         self._at = int(self._program.ctypes.data)
+        parts = expert_parts(layout, experts.arena)
+        self._jobs = ExpertJobs(self._at, work, parts, experts.record_bytes)
         per_layer = _active_weights(arch) // len(layers)
         self._made = time.perf_counter(), clock()
         self._alone_tokens = _ALONE // max(per_layer, 1)
@@ -190,19 +190,27 @@ class Decoder:
         """x += the routed experts' weighted outputs, in the router's order."""
         mlp = self.arch.layers[layer].mlp
         assert isinstance(mlp, MoE)
-        if tokens == 1:
-            k = mlp.router.top_k
-            selected, weights = self.work.selected[layer, None, :k], self.work.weights[layer, :k]
-        else:
-            logits = self.work.router_logits[:tokens, : mlp.num_experts]
-            selected, weights = route(mlp.router, logits)
-            weights = weights.reshape(-1)
+        (self._route_one if tokens == 1 else self._route_many)(layer, mlp, tokens)
+
+    def _route_one(self, layer: int, mlp: MoE, tokens: int) -> None:
+        selected = self.work.selected[layer, : mlp.router.top_k]
+        self._tell(layer, selected[None])
+        wanted = selected.tolist()
+        left, ahead = len(wanted), self._expect(layer + 1, tokens, len(wanted))
+        for batch in self._experts.batches(layer, wanted):
+            self._experts.prefetch(layer + 1, ahead)
+            left -= len(batch)
+            ranked = [(wanted.index(expert), slot) for expert, slot in batch]
+            self._run(self._jobs.one(layer, mlp, ranked, last=not left), tokens)
+
+    def _route_many(self, layer: int, mlp: MoE, tokens: int) -> None:
+        logits = self.work.router_logits[:tokens, : mlp.num_experts]
+        selected, weights = route(mlp.router, logits)
         self._tell(layer, selected)
         flat = selected.reshape(-1)
         order = np.argsort(flat, kind="stable").astype(np.int32)
         ends = np.cumsum(np.bincount(flat, minlength=mlp.num_experts))
-        # each expert once: the order of one token's own choice, or ascending
-        wanted = flat.tolist() if tokens == 1 else np.unique(flat).tolist()
+        wanted = np.unique(flat).tolist()
         runs = {e: order[ends[e - 1] if e else 0 : ends[e]] for e in wanted}
         left, ahead = len(wanted), self._expect(layer + 1, tokens, len(wanted))
         for batch in self._experts.batches(layer, wanted):
@@ -210,32 +218,9 @@ class Decoder:
             left -= len(batch)
             target = np.concatenate([runs[e] for e, _ in batch])
             first = np.cumsum([0, *(runs[e].size for e, _ in batch)])
-            slots = [slot for _, slot in batch]
-            self._multiply(mlp, slots, (target, first), weights, 0 if left else tokens)
-
-    def _multiply(
-        self,
-        mlp: MoE,
-        slots: list[int],
-        positions: tuple[np.ndarray, np.ndarray],
-        weights: F32,
-        tokens: int,
-    ) -> None:
-        """Computes a batch of experts; then, with tokens > 0, sums all parts into x."""
-        work, (target, first), k = self.work, positions, mlp.router.top_k
-        base = np.array(slots, np.int64) * self._experts.record_bytes
-        source = target // np.int32(k)
-        hidden = work.mlp(mlp.experts, work.chunk * k)
-        scratch, each = work.scratch.reshape(-1), work.scratch.shape[1]
-        out, width = work.parts.reshape(-1), work.parts.shape[1]
-        rows, parts = work.rows, len(slots)
-        job = FeedForwardJob(
-            *(base, first, source, target, rows, hidden, scratch, each, out, width, parts)
-        )
-        x, size = work.x.reshape(-1), self._parts.down.rows
-        total = Sum(x, work.x.shape[1], size, out, weights, k, ops.EMPTY)
-        words = words_of((EXPERTS, self._at, self._parts, job, work.normed, total, tokens))
-        self._run(words, target.size, (job, total))
+            slots, rows = [slot for _, slot in batch], 0 if left else tokens
+            words, keep = self._jobs.many(mlp, slots, (target, first), weights.reshape(-1), rows)
+            self._run(words, target.size, keep)
 
 
 def _active_weights(arch: Arch) -> int:

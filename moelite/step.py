@@ -35,7 +35,7 @@ from moelite.sync import (
     stopped,
     take,
 )
-from moelite.words import field, reader, size_of
+from moelite.words import field, offset_of, reader, size_of
 
 LAYERS, EXPERTS, HEAD = range(3)  # kinds of jobs
 PARTS = ("attention", "router", "experts", "dense", "head")  # what Program.times counts
@@ -59,7 +59,10 @@ _sum = reader(Sum, "sum")
 _JOB_AT = size_of(FeedForward)
 _ACT_AT = _JOB_AT + size_of(FeedForwardJob)
 _SUM_AT = _ACT_AT + size_of(Act)
-_TOKENS_AT = 2 + _SUM_AT + size_of(Sum)
+# where in the words of an EXPERTS job its number of parts, its weights' address and its tokens are
+EXPERTS_PARTS = 2 + _JOB_AT + offset_of(FeedForwardJob, "parts")
+EXPERTS_WEIGHTS = 2 + _SUM_AT + offset_of(Sum, "weights")
+EXPERTS_TOKENS = 2 + _SUM_AT + size_of(Sum)
 
 _buffers, _router_matrix = field(LayerWords, "buffers"), field(LayerWords, "attention.router")
 _post_norm = field(LayerWords, "attention.post_norm")
@@ -297,7 +300,7 @@ def _run(crew, words):
         _call_feed(
             program.feed,
             *(address(sync), sync.size, crew.slot, crew.team, crew.tid, phase),
-            *(address(words), words.size, 2, BATCH, words[_TOKENS_AT], 0),
+            *(address(words), words.size, 2, BATCH, words[EXPERTS_TOKENS], 0),
         )
         _clock(crew, program.times, _EXPERTS, now)
         row = np.int64(-1)

@@ -97,12 +97,22 @@ def flat_text(kind: Any, value: str) -> list[str]:
     return [t for name, part in hints.items() for t in flat_text(part, f"{value}.{name}")]
 
 
-@functools.cache
-def field(kind: Any, path: str) -> Any:
-    """The compiled read(words, at) of one field, dotted, of the `kind` that begins at words[at]."""
+def offset_of(kind: Any, path: str) -> int:
+    """How many words of a `kind` come before one of its fields, dotted."""
+    return _field(kind, path)[0]
+
+
+def _field(kind: Any, path: str) -> tuple[int, Any]:
     at, part = 0, kind
     for name in path.split("."):
         hints = get_type_hints(part)
         at += sum(size_of(hints[before]) for before in list(hints)[: list(hints).index(name)])
         part = hints[name]
+    return at, part
+
+
+@functools.cache
+def field(kind: Any, path: str) -> Any:
+    """The compiled read(words, at) of one field, dotted, of the `kind` that begins at words[at]."""
+    at, part = _field(kind, path)
     return reader(part, f"{kind.__name__}.{path}", at)

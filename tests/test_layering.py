@@ -16,8 +16,19 @@ LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
     {"engine", "convert", "demo", "demo_files", "bench"},
-    {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "lookahead"}
-    | {"inventory", "packing"},
+    {
+        "generate",
+        "session",
+        "model",
+        "layers",
+        "evaluate",
+        "budget",
+        "warm",
+        "gpu",
+        "lookahead",
+        "expertjobs",
+    }
+    | {"inventory", "packing", "lookahead", "expertjobs"},
     {"cache", "store", "storefile", "models"},
     {
         *{
