@@ -22,7 +22,8 @@ from moelite.workspace import workspace_bytes
 
 # Interpreter, numpy, numba, loaded kernels, terminal and template libraries: see docs/LOG.md.
 RUNTIME_BYTES = 190 * MIB
-CHUNKS = (256, 128, 64, 32, 16)
+CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
+FAST_CHUNK = 256  # from here on a larger chunk computes no faster; it only reads less from disk
 MIN_SLOTS = 2  # one record being multiplied while the next is read
 
 
@@ -147,12 +148,19 @@ def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint
 
     least = CHUNKS[-1] if chunk is None else chunk
     if chunk is None:
-        # A larger chunk reads each expert for more prompt tokens, but its buffers cost experts: it
-        # gets an eighth of what is left over, or all that no expert can use.
+        # A chunk reads each expert once, so a larger one reads less for a long prompt, but its
+        # buffers cost experts: it gets a sixth of what is left over, or all that no expert can use.
         spare = budget_bytes - sum(part.bytes for part in fixed(least))
-        share = max(spare // 8, spare - (total + floating_slots(arch)) * record)
+        unused = spare - (total + floating_slots(arch)) * record
+        share = max(spare // 6, unused)
         chunk = next(
-            (c for c in CHUNKS if fixed(c)[-1].bytes - fixed(least)[-1].bytes <= share), least
+            c
+            for c in CHUNKS
+            if c == least
+            or (
+                fixed(c)[-1].bytes - fixed(least)[-1].bytes <= share
+                and (c <= FAST_CHUNK or unused < 0)
+            )
         )
     parts = fixed(chunk)
     room = (budget_bytes - sum(part.bytes for part in parts)) // record

@@ -276,6 +276,7 @@ def load(  # noqa: PLR0913 - one for each choice a user has
             raise refuse(footprint, store.path.name)
         warm.ensure({store.expert_format, store.dense_format}, on_compile)
         drive = _choose_reads(store, footprint, reads)
+        store.hold_open()
         return Model(store, arch, footprint, kv, drive, lookahead)
     except BaseException:
         store.close()

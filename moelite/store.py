@@ -90,6 +90,11 @@ class Store:
                 raise StoreError(f"{path / name} {state}", fix="quantize the checkpoint again")
         return cls(path, manifest, read_json(path / "config.json"))
 
+    def hold_open(self) -> None:
+        """Open every layer's file now: who deletes or replaces one later changes nothing here."""
+        for layer in self.manifest.layers:
+            self._open(layer_file(layer))
+
     def dense_keys(self) -> list[str]:
         """Keys of the dense tensors: TensorRef.key."""
         return list(self.manifest.tensors)
