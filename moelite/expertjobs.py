@@ -17,10 +17,10 @@ from moelite.workspace import Workspace
 
 
 class _Row:
-    """One token's job: its words, and the arrays that they name."""
+    """One token's job: its words, and what owns the arrays that they name by address."""
 
-    def __init__(self, base: I64, target: I32, words: list[int]) -> None:
-        self.base, self.target, self.words = base, target, words
+    def __init__(self, base: I64, target: I32, words: list[int], kept: object) -> None:
+        self.base, self.target, self.words, self._kept = base, target, words, kept
 
 
 class ExpertJobs:
@@ -83,7 +83,8 @@ class ExpertJobs:
         base, first = np.zeros(k, np.int64), np.arange(k + 1)
         target = np.zeros(k, np.int32)
         arrays = base, first, self._work.zeros, target
-        return _Row(base, target, self._words(mlp, arrays, self._work.weights[0, :k], 0)[0])
+        words, kept = self._words(mlp, arrays, self._work.weights[0, :k], 0)
+        return _Row(base, target, words, kept)
 
     def _words(
         self, mlp: MoE, arrays: tuple[I64, I64, I32, I32], weights: np.ndarray, tokens: int

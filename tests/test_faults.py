@@ -191,7 +191,7 @@ def test_a_disk_that_fills_up_while_quantizing_loses_nothing(
             while file.write(b"x" * 4096):
                 pass
 
-    with pytest.raises(StoreError, match="cannot be written: .*No space left") as caught:
+    with pytest.raises(StoreError, match=r"cannot be written: .*No space left") as caught:
         moelite.quantize(tmp_path / "checkpoint", small_disk / "store", progress=fill)
     assert caught.value.exit_code == 6
     assert not (small_disk / "store" / "moelite.json").exists()
