@@ -26,7 +26,7 @@ def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgr
     """The machine's memory as this process sees it. `root` and `own` are for tests."""
     machine = psutil.virtual_memory()
     best = Memory(machine.total, "physical", machine.available)
-    for folder, version in _groups(root, own):
+    for folder, version in memory_groups(root, own):  # the tightest one counts
         names = ("memory.max", "memory.current", "inactive_file")
         if version == 1:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -39,8 +39,8 @@ def memory(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgr
     return best
 
 
-def _groups(root: Path, own: Path) -> list[tuple[Path, int]]:
-    # every control group that holds this process, ancestors included: the tightest one counts
+def memory_groups(root: Path, own: Path) -> list[tuple[Path, int]]:
+    """(folder, version) of each memory control group that holds this process, innermost first."""
     try:
         lines = own.read_text().splitlines()
     except OSError:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from memory_group import MemoryGroup
 
 from moelite.errors import MoeliteError, UsageError
 from moelite.machine import memory
@@ -33,15 +35,44 @@ _WARM_UPS = 4  # at most; where not every expert fits into memory, reads never e
 _PAUSE_S = 0.3  # idle threads of the side that just finished stop spinning
 
 
-class Worker:
-    """A process that has loaded one side's model. Raises MoeliteError if it cannot."""
+class Ended(MoeliteError):
+    """A side's process ended or was ended. code: as subprocess has it, or None: too slow."""
 
-    def __init__(self, name: str, python: str, settings: dict[str, Any]) -> None:
+    def __init__(self, message: str, code: int | None, *, fix: str = "") -> None:
+        super().__init__(message, fix=fix)
+        self.code = code
+
+
+class NotLoaded(MoeliteError):
+    """A side's library refused its model."""
+
+
+class Worker:
+    """A process that has loaded one side's model. Raises MoeliteError if it cannot.
+
+    group: where the process runs from its first instruction on. limit_s: for loading and all runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        settings: dict[str, Any],
+        *,
+        group: MemoryGroup | None = None,
+        limit_s: float | None = None,
+    ) -> None:
         self.name = name
+        self._limit_s = limit_s
+        self._until = None if limit_s is None else time.monotonic() + limit_s
         command = [python, str(WORKER), name, json.dumps(settings)]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                preexec_fn=group.enter if group else None,
             )
         except OSError as problem:
             raise UsageError(f"{python} cannot be run: {problem.strerror}") from problem
@@ -49,6 +80,7 @@ class Worker:
             self.facts = self._answer()
             self._refuse(python)
         except BaseException:
+            self._process.kill()
             self.close()
             raise
 
@@ -82,15 +114,23 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is not None:
+            self._process.kill()  # it may be busy for minutes
         self.close()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
+        if self._until is not None:
+            left = max(0.0, self._until - time.monotonic())
+            if not select.select([self._process.stdout], [], [], left)[0]:
+                self._process.kill()
+                raise Ended(f"the {self.name} process took over {self._limit_s:.0f} s", None)
         line = self._process.stdout.readline()
         if not line:
             code = self._process.wait()
-            raise MoeliteError(
+            raise Ended(
                 f"the {self.name} process ended with code {code}",
+                code,
                 fix="its message is above; -9 means that memory ran out",
             )
         found: dict[str, Any] = json.loads(line)
@@ -106,7 +146,16 @@ class Worker:
                 else f"{python} -m pip install {package}",
             )
         if problem := self.facts.get("error"):
-            raise MoeliteError(f"{self.name} cannot load its model: {problem}")
+            raise NotLoaded(f"{self.name} cannot load its model: {problem}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """What the expert cache counted: found in memory, not found, bytes read from disk."""
+
+    hits: int
+    misses: int
+    bytes_read: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +165,8 @@ class Turn:
     prefill_tok_s: float
     decode_tok_s: float
     bytes_read: int | None
+    prefill_experts: Experts | None = None
+    decode_experts: Experts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,6 +214,19 @@ def summarize(pairs: Sequence[tuple[Turn, Turn]]) -> Comparison:
     )
 
 
+def turn(found: dict[str, Any], prompt: int, gen: int) -> Turn:
+    """A worker's answer, for so many tokens."""
+    parts = [found["prefill_experts"], found["decode_experts"]]
+    prefill, decode = (None if part is None else Experts(**part) for part in parts)
+    return Turn(
+        prefill_tok_s=prompt / found["prefill_s"],
+        decode_tok_s=gen / found["decode_s"],
+        bytes_read=prefill.bytes_read + decode.bytes_read if prefill and decode else None,
+        prefill_experts=prefill,
+        decode_experts=decode,
+    )
+
+
 def tokens(vocab_size: int, prompt: int, gen: int, seed: int) -> tuple[list[int], list[int]]:
     """Random ids for the prompt and to feed after it."""
     drawn = np.random.default_rng(seed).integers(0, vocab_size, prompt + gen).tolist()
@@ -199,19 +263,14 @@ def compare(
         progress(f"warming up, {i + 1}")
         warm = tokens(int(ours.facts["vocab_size"]), prompt, gen, seed + i)
         other.run(*warm)
-        if not ours.run(*warm)["bytes_read"]:
+        if not turn(ours.run(*warm), prompt, gen).bytes_read:
             break
     pairs = []
     for i in range(repeat):
         turns: dict[str, Turn] = {}
         for worker in workers if i % 2 == 0 else workers[::-1]:
             time.sleep(_PAUSE_S)
-            found = worker.run(*ids)
-            turns[worker.name] = Turn(
-                prefill_tok_s=prompt / found["prefill_s"],
-                decode_tok_s=gen / found["decode_s"],
-                bytes_read=found["bytes_read"],
-            )
+            turns[worker.name] = turn(worker.run(*ids), prompt, gen)
         pairs.append((turns[ours.name], turns[other.name]))
         progress(f"pair {i + 1} of {repeat}: {_line(pairs[-1])}")
     return summarize(pairs)

@@ -3,7 +3,8 @@
     python llamacpp_worker.py {moelite,llama.cpp} '{"path": ..., "threads": ..., "context": ...}'
 
 Reads one JSON object a line, {"prompt": [ids], "feed": [ids]}, and answers with one: the seconds
-for the prompt and for the tokens after it, each fed by itself. Between two lines it does nothing.
+for the prompt and for the tokens after it, each fed by itself, and what moelite's expert cache
+counted in either. Between two lines it does nothing.
 Runs under an interpreter that may have llama-cpp-python and not moelite, so it imports either only
 when told to.
 """
@@ -18,10 +19,11 @@ from collections.abc import Callable
 from typing import Any
 
 # (facts about the loaded model, forget all tokens, compute some tokens and the last one's logits,
-# expert bytes read so far)
+# counters of the expert cache so far, if there is one)
 Side = tuple[
-    dict[str, Any], Callable[[], None], Callable[[list[int]], None], Callable[[], int | None]
+    dict[str, Any], Callable[[], None], Callable[[list[int]], None], Callable[[], dict[str, int]]
 ]
+LOAD_MODES = {"none": 0, "mmap": 1, "direct_io": 4}  # llama.cpp's enum llama_load_mode
 
 
 def moelite_side(*, path: str, threads: int, context: int, ram: str | None) -> Side:
@@ -46,19 +48,51 @@ def moelite_side(*, path: str, threads: int, context: int, ram: str | None) -> S
     def forget() -> None:
         state[0] = model.session()
 
-    return facts, forget, lambda ids: state[0].advance(ids), lambda: model.stats().bytes_read
+    def counts() -> dict[str, int]:
+        now = model.stats()
+        return {"hits": now.hits, "misses": now.misses, "bytes_read": now.bytes_read}
+
+    return facts, forget, lambda ids: state[0].advance(ids), counts
 
 
-def llama_side(*, path: str, threads: int, context: int, flash_attn: bool) -> Side:
-    """A GGUF in llama.cpp."""
+def set_model_params(fields: dict[str, Any]) -> None:
+    """Sets fields of llama_model_params that the class Llama has no argument for."""
+    from llama_cpp import llama_cpp as low
+
+    known = {name for name, _ in low.llama_model_params._fields_}
+    if missing := sorted(fields.keys() - known):
+        raise ValueError(f"this llama.cpp has no {', '.join(missing)}")
+    load = low.llama_model_load_from_file
+
+    def load_so(path: bytes, params: Any) -> Any:
+        for name, value in fields.items():
+            setattr(params, name, value)
+        return load(path, params)
+
+    low.llama_model_load_from_file = load_so
+
+
+def llama_side(
+    *,
+    path: str,
+    threads: int,
+    context: int,
+    flash_attn: bool,
+    load_mode: str | None = None,
+    repack: bool = True,
+) -> Side:
+    """A GGUF in llama.cpp. load_mode: of LOAD_MODES, or as llama-cpp-python has it by default."""
     import llama_cpp
 
+    if load_mode is not None:
+        set_model_params({"load_mode": LOAD_MODES[load_mode], "use_extra_bufts": repack})
     model = llama_cpp.Llama(
         path,
         n_ctx=context,
         n_threads=threads,
         n_threads_batch=threads,
         n_batch=512,
+        n_ubatch=512,
         flash_attn=flash_attn,
         logits_all=False,
         verbose=False,
@@ -78,7 +112,7 @@ def llama_side(*, path: str, threads: int, context: int, flash_attn: bool) -> Si
         # eval returns before the last of a batch is done where a backend is asynchronous
         llama_cpp.llama_synchronize(model.ctx)
 
-    return facts, model.reset, compute, lambda: None
+    return facts, model.reset, compute, dict
 
 
 SIDES: dict[str, Callable[..., Side]] = {
@@ -88,19 +122,25 @@ SIDES: dict[str, Callable[..., Side]] = {
 
 
 def measure(side: Side, prompt: list[int], feed: list[int]) -> dict[str, Any]:
-    """Seconds for the prompt, and for `feed` token by token; expert bytes read meanwhile."""
-    _, forget, compute, bytes_read = side
+    """Seconds for the prompt, and for `feed` token by token; the expert cache's counts of each."""
+    _, forget, compute, counts = side
     forget()
-    before = bytes_read()
+    before = counts()
     start = time.perf_counter()
     compute(prompt)
     middle = time.perf_counter()
+    between = counts()
+    resumed = time.perf_counter()
     for token in feed:
         compute([token])
     end = time.perf_counter()
-    after = bytes_read()
-    read = None if before is None or after is None else after - before
-    return {"prefill_s": middle - start, "decode_s": end - middle, "bytes_read": read}
+    after = counts()
+    return {
+        "prefill_s": middle - start,
+        "decode_s": end - resumed,
+        "prefill_experts": {key: between[key] - before[key] for key in before} or None,
+        "decode_experts": {key: after[key] - between[key] for key in between} or None,
+    }
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import synthetic
 from test_synthetic import small
 
+import moelite
 from moelite.engine import footprint
 from moelite.errors import MoeliteError, UsageError
 
@@ -63,7 +65,10 @@ class Setting:
         self.store, self.gguf, self.log = tmp / "store", tmp / "model.gguf", tmp / "log"
         (tmp / "fake").mkdir()
         (tmp / "fake" / "llama_cpp.py").write_text(FAKE)
-        monkeypatch.setenv("PYTHONPATH", str(tmp / "fake"))
+        ours = Path(moelite.__file__).parents[
+            1
+        ]  # the one under test, wherever another is installed
+        monkeypatch.setenv("PYTHONPATH", f"{tmp / 'fake'}{os.pathsep}{ours}")
         monkeypatch.setattr(llamacpp, "_PAUSE_S", 0)
         synthetic.write_store(small(), self.store, name="small")
         self.model()
@@ -106,6 +111,14 @@ def test_both_sides_are_measured_in_turns(
             max(ratios),
         )
     assert all(pair[0]["bytes_read"] == 0 for pair in found["pairs"])
+    for part in (
+        "prefill_experts",
+        "decode_experts",
+    ):  # the same tokens: as many look-ups each time
+        counts = [ours[part]["hits"] for ours, _ in found["pairs"]]
+        assert counts == [counts[0]] * 3
+        assert counts[0] > 0
+        assert found["pairs"][0][1][part] is None
     assert found["machine"]["threads"] == 1
     other = found["models"]["llama.cpp"]
     assert (other["version"], other["formats"]) == ("llama-cpp-python 9.9", "AVX2 FMA")
