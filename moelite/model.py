@@ -29,8 +29,8 @@ from moelite.step import (
     LAYER_PHASES,
     LAYER_WORDS,
     LAYERS,
+    NEXT_NORM,
     NO_GUESS,
-    OWN_NORM,
     PARTS,
     clock,
     part_address,
@@ -66,7 +66,8 @@ class Decoder:
         team: Team,
     ) -> None:
         self.lookahead = Lookahead("off")
-        self.guess = OWN_NORM  # how, where the lookahead wants it: see moelite.step
+        # with the next layer's norm: 78.6 % of the built-in model's experts, 73.7 with its own
+        self.guess = NEXT_NORM
         self.arch, self.work, self.kv = arch, work, kv
         self.on_route: OnRoute | None = None
         self._team, self._experts = team, experts
