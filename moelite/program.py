@@ -123,13 +123,15 @@ class Sum(NamedTuple):
 class Routed(NamedTuple):
     """The routed experts of a layer as one token uses them. rule.top_k 0: the layer has none.
 
-    slots [E]: where in the arena an expert is, or -1. selected, weights [K]: what the router chose.
-    scores [E]: scratch. job.base, first and target are filled by the token's step.
+    slots [E]: where in the arena an expert is, or -1. given [K]: experts to take whatever the
+    router says, or -1. selected, weights [K]: what was chosen. scores [E]: scratch. job.base, first
+    and target are filled by the token's step.
     """
 
     rule: Rule
     record_bytes: int
     slots: I32
+    given: I32
     selected: I32
     weights: F32
     scores: F32

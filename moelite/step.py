@@ -96,7 +96,7 @@ def _choose_one(table, at):
     # one token's experts, and where they are; whether one is missing
     routed, logits = _routed(table, at), _buffers(table, at).router_logits
     job, out = routed.job, (routed.selected, routed.weights, 0)
-    route_row(logits, 0, routed.rule, routed.scores, out)
+    route_row(logits, 0, routed.rule, routed.given, routed.scores, out)
     missing = False
     for k in range(routed.rule.top_k):
         slot = np.int64(routed.slots[routed.selected[k]])
