@@ -21,7 +21,17 @@ from moelite.cli.run import prompt_ids, read_prompt
 from moelite.errors import CheckpointError, MoeliteError, UsageError
 
 FAKES = str(Path(__file__).parent / "fakes.py")
-COMMANDS = ("chat", "run", "quantize", "footprint", "bench", "eval", "replay", "demo-checkpoint")
+COMMANDS = (
+    "chat",
+    "run",
+    "quantize",
+    "footprint",
+    "bench",
+    "eval",
+    "trace",
+    "replay",
+    "demo-checkpoint",
+)
 
 
 @pytest.fixture(autouse=True)

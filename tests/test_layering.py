@@ -16,7 +16,7 @@ LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
     {"engine", "convert", "demo", "demo_files", "bench"},
-    {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu"}
+    {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {"inventory", "packing"},
     {"cache", "store", "storefile", "models"},
     {
