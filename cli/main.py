@@ -17,6 +17,7 @@ from moelite.cli.quantize import quantize
 from moelite.cli.replay import replay
 from moelite.cli.run import run as run_prompt
 from moelite.cli.trace import trace
+from moelite.cli.verify import verify
 from moelite.errors import MoeliteError
 
 INTERRUPTED, PIPE_CLOSED = 130, 1  # the latter is what typer says, too
@@ -41,6 +42,7 @@ app.command("bench", short_help="Measure speed, memory and expert traffic.")(ben
 app.command("eval", short_help="Measure perplexity, and the distance of two stores.")(evaluate)
 app.command("trace", short_help="Record which experts the tokens of a text use.")(trace)
 app.command("replay", short_help="Hit rates of a trace at other cache sizes.")(replay)
+app.command("verify", short_help="Check a store, and that a budget changes no token.")(verify)
 app.command("demo-checkpoint", short_help="Write the built-in model as a checkpoint.")(
     demo_checkpoint
 )

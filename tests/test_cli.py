@@ -30,6 +30,7 @@ COMMANDS = (
     "eval",
     "trace",
     "replay",
+    "verify",
     "demo-checkpoint",
 )
 
