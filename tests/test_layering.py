@@ -15,7 +15,7 @@ CODE = ("moelite", "quant", "cache", "cli")
 LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
-    {"engine", "convert", "demo", "demo_files", "bench"},
+    {"engine", "convert", "demo", "demo_files", "bench", "verify"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {"inventory", "packing"},
     {"cache", "store", "storefile", "models"},
