@@ -8,5 +8,15 @@ if __name__ != "moelite.cache":
 from moelite.cache.loader import ExpertCache, allocate_arena
 from moelite.cache.lru import LayerLRU, Lookup, replay
 from moelite.cache.stats import CacheStats
+from moelite.cache.trace import Trace, read_trace
 
-__all__ = ["CacheStats", "ExpertCache", "LayerLRU", "Lookup", "allocate_arena", "replay"]
+__all__ = [
+    "CacheStats",
+    "ExpertCache",
+    "LayerLRU",
+    "Lookup",
+    "Trace",
+    "allocate_arena",
+    "read_trace",
+    "replay",
+]

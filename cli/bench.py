@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -41,23 +42,32 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the random prompt.")] = 0,
+    route: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="TRACE",
+            help="Force this recorded routing on the model: position p uses its token p.",
+            show_default=False,
+        ),
+    ] = None,
     offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure prefill and decode speed, time to first token, peak memory and expert traffic.
 
-    The prompt is random token ids, so experts are used more evenly than by prose. Decode speed
-    leaves the first token out.
+    The prompt is random token ids, so experts are used more evenly than by prose; --route gives
+    the expert traffic of real text. Decode speed leaves the first token out.
     """
     from moelite.bench import bench as measure
+    from moelite.cache.trace import read_trace
 
+    trace = None if route is None else read_trace(route)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
     settings.update(reads=reads, lookahead=lookahead)
     with open_model(store, offline=offline, **settings) as model:
         with progress_on_stderr("bench", "runs") as progress:
-            report = measure(
-                model, prompt=prompt, gen=gen, repeat=repeat, seed=seed, progress=progress
-            )
+            how: Any = {"prompt": prompt, "gen": gen, "repeat": repeat, "seed": seed}
+            report = measure(model, **how, route=trace, progress=progress)
         facts = store_facts(model)
     if as_json:
         print(json.dumps({**dataclasses.asdict(report), **facts}, indent=2))
@@ -120,6 +130,13 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         f"  {report.prompt_tokens} prompt + {report.generated_tokens} generated tokens, "
         f"seed {report.seed}; the last line's reads are sums",
         soft_wrap=True,
+    )
+    routed = "the router's own choice" if report.route is None else f"routing of {report.route}"
+    console.print(
+        f"  {routed}; experts in memory while decoding: "
+        f"{100 * report.decode_experts.hit_rate:.1f} %",
+        soft_wrap=True,
+        markup=False,
     )
     console.print(
         f"  a token reads {show_bytes(report.token_bytes)} of weights: "

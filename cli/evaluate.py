@@ -60,7 +60,7 @@ def evaluate(  # noqa: PLR0913 - one parameter for each option
     from moelite import evaluate as core
     from moelite.engine import load
 
-    text = _read(file)
+    text = read_text(file)
     names = [store] if against is None else [store, against]
     console = stderr_console()
     paths = [find_store(name, offline=offline, console=console) for name in names]
@@ -138,7 +138,8 @@ def budget_shares(paths: list[Path], ram: str | None, **settings: Any) -> list[i
     return [share] * len(paths)
 
 
-def _read(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file. Raises UsageError if it is no UTF-8 text."""
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

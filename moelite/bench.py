@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moelite.cache.stats import CacheStats
+from moelite.cache.trace import Trace
 from moelite.errors import UsageError
 from moelite.process import cpu_name, peak_rss_bytes
 
@@ -37,6 +38,7 @@ class BenchModel(Protocol):
     @property
     def token_bytes(self) -> int: ...
     def memory_speed(self) -> float: ...
+    def force_routes(self, routes: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +58,8 @@ class BenchRun:
 
     prefill_ms, decode_ms: milliseconds a token, by part: attention, router, experts, dense
     feed-forward parts, head; then waiting for reads, and the rest, which is Python. memory_bytes_s:
-    how fast memory could be read right afterwards.
+    how fast memory could be read right afterwards. experts: of prefill and decode; decode_experts:
+    of decode alone.
     """
 
     prefill_tok_s: float
@@ -66,11 +69,13 @@ class BenchRun:
     decode_ms: dict[str, float]
     memory_bytes_s: float
     experts: ExpertTraffic
+    decode_experts: ExpertTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchReport:
-    """Medians over `runs`; experts: their sum; peak_rss_bytes: this process's, since its start.
+    """Medians over `runs`; experts, decode_experts: their sums; peak_rss_bytes: this process's,
+    since its start. route: the file whose routing was forced on the model, or None.
 
     token_bytes: weights that a token reads; memory_bytes_s: what the machine's memory gave to as
     many threads right after each run; bandwidth: the share of it that decoding used.
@@ -88,8 +93,10 @@ class BenchReport:
     bandwidth: float
     peak_rss_bytes: int
     experts: ExpertTraffic
+    decode_experts: ExpertTraffic
     runs: tuple[BenchRun, ...]
     seed: int
+    route: str | None
     cpu: str
 
 
@@ -100,12 +107,15 @@ def bench(
     gen: int = 32,
     repeat: int = 3,
     seed: int = 0,
+    route: Trace | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchReport:
     """Runs `repeat` times: a prompt of `prompt` random tokens, then `gen` tokens.
 
-    progress(runs done, runs in all). Raises UsageError where there is nothing to measure or the
-    tokens exceed the model's context.
+    route: the token at position p then uses the experts of the trace's token p (beginning again
+    after its last), so that any weights of that shape have the expert traffic of real text.
+    progress(runs done, runs in all). Raises UsageError where there is nothing to measure, the
+    tokens exceed the model's context, or the trace does not fit the model.
     """
     for name, value, least in (("prompt", prompt, 1), ("gen", gen, 2), ("repeat", repeat, 1)):
         if value < least:
@@ -117,14 +127,20 @@ def bench(
         )
     drawn = np.random.default_rng(seed).integers(0, model.arch.vocab_size, prompt)
     ids = [int(i) for i in drawn]
-    # Compiles kernels and touches code paths; a first call may take a hundred times its usual time.
-    _run(model, ids[:WARM_TOKENS], 2)
-    before = model.stats()
-    runs = []
-    for done in range(repeat):
-        runs.append(_run(model, ids, gen))
-        if progress:
-            progress(done + 1, repeat)
+    if route is not None:
+        model.force_routes(route.routes)
+    try:
+        # Compiles kernels and touches code paths; a first call may take a hundred times its usual
+        # time.
+        _run(model, ids[:WARM_TOKENS], 2)
+        runs = []
+        for done in range(repeat):
+            runs.append(_run(model, ids, gen))
+            if progress:
+                progress(done + 1, repeat)
+    finally:
+        if route is not None:
+            model.force_routes(None)
     return BenchReport(
         prompt_tokens=prompt,
         generated_tokens=gen,
@@ -139,9 +155,11 @@ def bench(
             run.decode_tok_s * model.token_bytes / run.memory_bytes_s for run in runs
         ),
         peak_rss_bytes=peak_rss_bytes(),
-        experts=_traffic(model.stats() - before),
+        experts=_sum([run.experts for run in runs]),
+        decode_experts=_sum([run.decode_experts for run in runs]),
         runs=tuple(runs),
         seed=seed,
+        route=None if route is None else route.name,
         cpu=cpu_name(),
     )
 
@@ -151,10 +169,11 @@ def _run(model: BenchModel, ids: list[int], gen: int) -> BenchRun:
     before = model.stats()
     started = _moment(model)
     token = int(np.argmax(session.advance(ids)))
-    first = _moment(model)
+    first, prefilled = _moment(model), model.stats()
     for _ in range(gen - 1):
         token = int(np.argmax(session.advance([token])))
     ended = _moment(model)
+    after = model.stats()
     prefill_s, decode_s = first["all"] - started["all"], ended["all"] - first["all"]
     return BenchRun(
         prefill_tok_s=len(ids) / prefill_s,
@@ -163,7 +182,8 @@ def _run(model: BenchModel, ids: list[int], gen: int) -> BenchRun:
         prefill_ms=_milliseconds(started, first, len(ids)),
         decode_ms=_milliseconds(first, ended, gen - 1),
         memory_bytes_s=model.memory_speed(),
-        experts=_traffic(model.stats() - before),
+        experts=_traffic(after - before),
+        decode_experts=_traffic(after - prefilled),
     )
 
 
@@ -193,3 +213,8 @@ def _traffic(stats: CacheStats) -> ExpertTraffic:
         wait_s=stats.wait_s,
         hit_rate=stats.hit_rate,
     )
+
+
+def _sum(runs: list[ExpertTraffic]) -> ExpertTraffic:
+    total = {f: sum(getattr(run, f) for run in runs) for f in ("hits", "misses", "bytes_read")}
+    return _traffic(CacheStats(**total, wait_s=sum(run.wait_s for run in runs)))

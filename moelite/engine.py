@@ -16,6 +16,7 @@ from moelite.attention import KVFormat
 from moelite.bandwidth import read_speed
 from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
+from moelite.cache.trace import I32, check_routes
 from moelite.drive import DriveSpeed, drive_speed
 from moelite.errors import CheckpointError, UsageError
 from moelite.kv import KVCache
@@ -133,6 +134,20 @@ class Model:
     @on_route.setter
     def on_route(self, told: OnRoute | None) -> None:
         self._decoder.on_route = told
+
+    def force_routes(self, routes: I32 | None) -> None:
+        """From now on, the token at position p takes the experts routes[p % len(routes)].
+
+        routes: int32 [positions, MoE layers, K], distinct ids, as a trace has them; None: the
+        router's own choice again. Their weights are what the router gives to them, so the text
+        makes no sense; the expert traffic is that of the model that the routes come from. Raises
+        UsageError if they do not fit this model.
+        """
+        if routes is not None:
+            moes = [x.mlp for x in self.arch.layers if isinstance(x.mlp, MoE)]
+            experts, top_k = min(m.num_experts for m in moes), moes[0].router.top_k
+            check_routes(routes, layers=len(moes), experts=experts, top_k=top_k)
+        self._decoder.routes = routes
 
     def stats(self) -> CacheStats:
         """Expert cache counters since the model was loaded."""

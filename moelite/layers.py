@@ -51,7 +51,7 @@ _NO_JOB = FeedForwardJob(
 _NO_SUM = Sum(ops.EMPTY, 0, 0, ops.EMPTY, ops.EMPTY, 0, ops.EMPTY)
 _NOTHING_ROUTED = Routed(
     Rule(0, 0, False, np.float32(0)),
-    *(0, _NO_I32, _NO_I32, ops.EMPTY, _NO_I32, ops.EMPTY),
+    *(0, _NO_I32, _NO_I32, _NO_I32, ops.EMPTY, _NO_I32, ops.EMPTY),
     *(_NO_PARTS, _NO_JOB, _NO_SUM),
 )
 _NOTHING_DENSE = Dense(_NO_PARTS, _NO_JOB, _NO_SUM, NO_MATRIX, ops.EMPTY)
@@ -237,6 +237,7 @@ def _routed(
         Rule(spec.num_experts, k, router.renormalize, np.float32(router.scale)),
         experts.record_bytes,
         experts.slots_of(number, spec.num_experts),
+        work.given[number, :k],
         work.selected[number, :k],
         weights,
         work.guessed[number, :k],

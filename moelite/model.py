@@ -51,7 +51,9 @@ OnRoute = Callable[[int, I32], None]  # (layer, selected experts [T, K])
 class Decoder:
     """An Arch with its weights. Not thread-safe: one forward pass at a time.
 
-    on_route: told which experts each token selected, layer by layer.
+    on_route: told which experts each token selected, layer by layer. routes int32 [positions, MoE
+    layers, K]: which experts each token takes, whatever the router says, beginning again after the
+    last position; None: those the router selects.
     """
 
     def __init__(
@@ -70,6 +72,8 @@ class Decoder:
         self.guess = NEXT_NORM
         self.arch, self.work, self.kv = arch, work, kv
         self.on_route: OnRoute | None = None
+        self._routes: I32 | None = None
+        self._given: dict[int, I32] = {}  # {layer: experts [T, K]} of the tokens in work
         self._team, self._experts = team, experts
         norm, head = load_norm(source, arch.norm), load_matrix(source, arch.head)
         embed = arch.embed.key
@@ -108,6 +112,15 @@ class Decoder:
         self._made = time.perf_counter(), clock()
         self._alone_tokens = _ALONE // max(per_layer, 1)
 
+    @property
+    def routes(self) -> I32 | None:
+        return self._routes
+
+    @routes.setter
+    def routes(self, routes: I32 | None) -> None:
+        self._routes, self._given = routes, {}
+        self.work.given[:] = -1
+
     def forward(
         self, ids: Sequence[int], start: int, each: Callable[[int, F32], None] | None = None
     ) -> None:
@@ -122,6 +135,7 @@ class Decoder:
         self._guessing = tokens == 1 and self.lookahead.wanted()
         guess = self.guess if self._guessing else NO_GUESS
         began, self._missing = time.perf_counter(), 0
+        self._give(start, tokens)
         while True:
             words = [LAYERS, self._at, rows.ctypes.data, tokens, start, first, guess]
             self._run(words, tokens, rows, (layers - first + 2) * LAYER_PHASES)
@@ -159,6 +173,17 @@ class Decoder:
         self, words: list[int], tokens: int, keep: object = None, phases: int = LAYER_PHASES
     ) -> None:
         self._team.run(words, phases, keep, alone=tokens <= self._alone_tokens)
+
+    def _give(self, start: int, tokens: int) -> None:
+        """Names the experts of the tokens at start.., if `routes` does."""
+        if self._routes is None:
+            return
+        rows = self._routes[np.arange(start, start + tokens) % len(self._routes)]
+        layers = self.arch.moe_layers
+        if tokens == 1:
+            self.work.given[list(layers), : rows.shape[2]] = rows[0]
+        else:
+            self._given = {layer: rows[:, i] for i, layer in enumerate(layers)}
 
     def _settle(self, first: int, last: int) -> None:
         """Tells the cache which experts one token used in layers first..last, all in memory."""
@@ -206,7 +231,7 @@ class Decoder:
 
     def _route_many(self, layer: int, mlp: MoE, tokens: int) -> None:
         logits = self.work.router_logits[:tokens, : mlp.num_experts]
-        selected, weights = route(mlp.router, logits)
+        selected, weights = route(mlp.router, logits, self._given.get(layer))
         self._tell(layer, selected)
         flat = selected.reshape(-1)
         order = np.argsort(flat, kind="stable").astype(np.int32)

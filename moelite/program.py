@@ -123,14 +123,16 @@ class Sum(NamedTuple):
 class Routed(NamedTuple):
     """The routed experts of a layer as one token uses them. rule.top_k 0: the layer has none.
 
-    slots [E]: where in the arena an expert is, or -1. selected, weights [K]: what the router chose.
-    guessed [K]: what the layer before expects it to choose.
-    scores [E]: scratch. job.base, first and target are filled by the token's step.
+    slots [E]: where in the arena an expert is, or -1. given [K]: experts to take whatever the
+    router says, or -1. selected, weights [K]: what was chosen. guessed [K]: what the layer before
+    expects it to choose. scores [E]: scratch. job.base, first and target are filled by the token's
+    step.
     """
 
     rule: Rule
     record_bytes: int
     slots: I32
+    given: I32
     selected: I32
     weights: F32
     guessed: I32
@@ -167,11 +169,12 @@ class LayerWords(NamedTuple):
 
 class Ahead(NamedTuple):
     """Buffers of a guess at the next layer's experts: its router's input, of one token, its logits
-    [E] and weights [K]."""
+    [E] and weights [K]. free [K]: -1, no expert is given."""
 
     act: Act
     logits: F32
     weights: F32
+    free: I32
 
 
 class Program(NamedTuple):

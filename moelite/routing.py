@@ -18,22 +18,26 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 
-def route(router: Router, logits: F32) -> tuple[I32, F32]:
+def route(router: Router, logits: F32, given: I32 | None = None) -> tuple[I32, F32]:
     """logits [T, E] f32 -> selected_experts [T, K] i32 and routing_weights [T, K] f32.
 
-    Both by descending score. A row whose scores are undefined (a NaN or +inf among its logits)
+    Both by descending score; or the experts `given` [T, K] i32, in their order, and the weights
+    that the router has for them. A row whose scores are undefined (a NaN or +inf among its logits)
     selects experts 0..K-1 with NaN weights, so that the damage stays visible in the output.
     ValueError if logits is not [T, E] for this router.
     """
     if logits.ndim != 2 or logits.shape[1] != router.linear.rows:
         raise ValueError(f"route: logits {logits.shape} do not fit {router.linear.rows} experts")
     tokens = logits.shape[0]
+    if given is None:
+        given = np.full((tokens, router.top_k), -1, np.int32)
     experts = np.empty((tokens, router.top_k), np.int32)
     weights = np.empty((tokens, router.top_k), np.float32)
     scores = np.empty(logits.shape[1], np.float32)
     logits = np.ascontiguousarray(logits, np.float32)
     rule = Rule(logits.shape[1], router.top_k, router.renormalize, np.float32(router.scale))
-    _route(logits.reshape(-1), rule, scores, experts.reshape(-1), weights.reshape(-1))
+    chosen = experts.reshape(-1), weights.reshape(-1)
+    _route(logits.reshape(-1), rule, given.reshape(-1), scores, *chosen)
     return experts, weights
 
 
@@ -47,10 +51,11 @@ class Rule(NamedTuple):
 
 
 @inner
-def route_row(logits, at, rule, scores, out):
+def route_row(logits, at, rule, given, scores, out):
     """Selects the experts of logits[at : at + E]; scores [E]: scratch.
 
-    out: (selected int32, weights float32, where in both the K results go).
+    given int32: experts to take instead, or -1, laid out as the results. out: (selected int32,
+    weights float32, where in both the K results go).
     """
     experts, weights, to = out
     highest = logits[at]
@@ -64,8 +69,8 @@ def route_row(logits, at, rule, scores, out):
         scores[e] /= total
     chosen = np.float32(0)
     for k in range(rule.top_k):
-        best = -1
-        for e in range(rule.experts):
+        best = int(given[to + k])
+        for e in range(rule.experts if best < 0 else 0):
             # -1 marks the experts already chosen. Where all scores are NaN, `best < 0` takes the
             # first that is left.
             if scores[e] != np.float32(-1) and (best < 0 or scores[e] > scores[best]):
@@ -74,14 +79,16 @@ def route_row(logits, at, rule, scores, out):
         weights[to + k] = scores[best]
         chosen += scores[best]
         scores[best] = np.float32(-1)
-    divisor = chosen if rule.renormalize else np.float32(1)
+    # given experts may all score 0; chosen ones cannot
+    divisor = chosen if rule.renormalize and chosen != 0 else np.float32(1)
     for k in range(to, to + rule.top_k):
         weights[k] = weights[k] / divisor * rule.scale
 
 
 @kernel
-def _route(logits: F32, rule: Rule, scores: F32, experts: I32, weights: F32) -> None:
-    # logits [T * E] f32, scores [E] f32 scratch -> experts [T * K] i32, weights [T * K] f32
+def _route(logits: F32, rule: Rule, given: I32, scores: F32, experts: I32, weights: F32) -> None:
+    # logits [T * E] f32, given [T * K] i32, scores [E] f32 scratch -> experts [T * K] i32, weights
+    # [T * K] f32
     for t in range(logits.size // rule.experts):
         out = experts, weights, t * rule.top_k
-        route_row(logits, t * rule.experts, rule, scores, out)
+        route_row(logits, t * rule.experts, rule, given, scores, out)

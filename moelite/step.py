@@ -104,7 +104,7 @@ def _choose_one(table, at):
     # one token's experts, and where they are; whether one is missing
     routed, logits = _routed(table, at), _buffers(table, at).router_logits
     job, out = routed.job, (routed.selected, routed.weights, 0)
-    route_row(logits, 0, routed.rule, routed.scores, out)
+    route_row(logits, 0, routed.rule, routed.given, routed.scores, out)
     missing = False
     for k in range(routed.rule.top_k):
         slot = np.int64(routed.slots[routed.selected[k]])
@@ -137,7 +137,7 @@ def _guess_missing(program, at):
     # the guessed experts of the layer at words[at]; whether one is missing
     routed, ahead = _routed(program.table, at), program.ahead
     out = routed.guessed, ahead.weights, 0
-    route_row(ahead.logits, 0, routed.rule, routed.scores, out)
+    route_row(ahead.logits, 0, routed.rule, ahead.free, routed.scores, out)
     missing = False
     for k in range(routed.rule.top_k):
         if routed.slots[routed.guessed[k]] < 0:

@@ -52,7 +52,7 @@ def workspace_bytes(arch: Arch, chunk: int, threads: int) -> int:
         total += act_bytes(chunk, cols, quantized=True)
     for count, inner in _mlp_shapes(arch, chunk):
         total += act_bytes(count, inner, quantized=True)
-    routes = 12 * len(arch.layers) * top_k + 8 * experts + 20 * top_k + 8 * max(top_k, 1) + 32
+    routes = 16 * len(arch.layers) * top_k + 8 * experts + 24 * top_k + 8 * max(top_k, 1) + 32
     routes += act_bytes(1, arch.hidden_size, quantized=False)
     return total + 4 * threads * _scratch(arch, chunk) + routes
 
@@ -64,9 +64,9 @@ class Workspace:
     router_logits [T, E8]; ones [T, 1]; parts [T * K, H8] expert outputs by token and rank;
     hidden[(rows, inner)]: Act of each feed-forward part. scratch [threads, ...].
     start [1] int64: 0. span [2] int64: 0 and the number of tokens in work. selected, weights
-    [layers, K]: one token's experts; guessed [layers, K]: as the layer before expects them; ahead:
-    what that takes; expert_base, expert_first, expert_target, zeros [K]: their
-    job; router_scores [E].
+    [layers, K]: one token's experts; given [layers, K]: those it has to take, or -1; guessed
+    [layers, K]: as the layer before expects them; ahead: what that takes; expert_base,
+    expert_first, expert_target, zeros [K]: their job; router_scores [E].
     """
 
     def __init__(self, arch: Arch, chunk: int, threads: int) -> None:
@@ -93,6 +93,7 @@ class Workspace:
         self.scratch = np.zeros((threads, _scratch(arch, chunk)), np.float32)
         self.start = np.zeros(1, np.int64)
         self.span = np.array([0, 1])
+        self.given = np.full((len(arch.layers), top_k), -1, np.int32)
         self.selected = np.zeros((len(arch.layers), top_k), np.int32)
         self.weights = np.zeros((len(arch.layers), top_k), np.float32)
         self.guessed = np.zeros((len(arch.layers), top_k), np.int32)
@@ -100,6 +101,7 @@ class Workspace:
             new_act(1, arch.hidden_size, quantized=False),
             np.zeros(experts, np.float32),
             np.zeros(top_k, np.float32),
+            np.full(top_k, -1, np.int32),
         )
         self.router_scores = np.zeros(experts, np.float32)
         self.expert_base = np.zeros(max(top_k, 1), np.int64)

@@ -15,6 +15,7 @@ from moelite import process
 from moelite.bandwidth import read_speed
 from moelite.bench import WARM_TOKENS, bench
 from moelite.cache.stats import CacheStats
+from moelite.cache.trace import Trace
 from moelite.errors import UsageError
 
 PREFILL_S, DECODE_S, V = 0.03, 0.005, 7
@@ -190,3 +191,40 @@ def test_units_of_the_fallback(platform, monkeypatch, tmp_path) -> None:
     usage = SimpleNamespace(ru_maxrss=3 << 20)
     monkeypatch.setattr(process.resource, "getrusage", lambda who: usage)
     assert process.peak_rss_bytes() == (3 << 20) * (1 if platform == "darwin" else 1024)
+
+
+class RoutedModel(SlowModel):
+    """Remembers which routes each run had."""
+
+    routes: object = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+
+    def force_routes(self, routes: object) -> None:
+        self.routes = routes
+
+    def advance(self, ids: Sequence[int]) -> np.ndarray:
+        self.seen.append(self.routes)
+        return super().advance(ids)
+
+
+def test_a_route_holds_for_every_run_and_not_longer() -> None:
+    model, routes = RoutedModel(), np.zeros((1, 1, 1), np.int32)
+    report = bench(model, prompt=8, gen=3, route=Trace(routes=routes, experts=1, name="t.jsonl"))
+    assert report.route == "t.jsonl"
+    assert all(seen is routes for seen in model.seen)
+    assert len(model.seen) == 2 + 3 * 3
+    assert model.routes is None
+    model.seen.clear()
+    assert bench(model, prompt=8, gen=3).route is None
+    assert set(model.seen) == {None}
+
+
+def test_decode_traffic_is_told_apart() -> None:
+    report = bench(SlowModel(), prompt=10, gen=3, repeat=2)
+    assert report.runs[0].decode_experts.misses == 2
+    assert report.decode_experts.hits == 2 * 3 * 2
+    assert report.decode_experts.bytes_read == 2 * 2 * 4096
+    assert report.decode_experts.wait_s == pytest.approx(2 * 2 * 0.5)

@@ -21,7 +21,18 @@ from moelite.cli.run import prompt_ids, read_prompt
 from moelite.errors import CheckpointError, MoeliteError, UsageError
 
 FAKES = str(Path(__file__).parent / "fakes.py")
-COMMANDS = ("chat", "run", "quantize", "footprint", "bench", "eval", "demo-checkpoint")
+COMMANDS = (
+    "chat",
+    "run",
+    "quantize",
+    "footprint",
+    "bench",
+    "eval",
+    "trace",
+    "replay",
+    "verify",
+    "demo-checkpoint",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import moelite
 from moelite.budget import RUNTIME_BYTES, Footprint, dense_bytes, quotas
 from moelite.cache import replay
 from moelite.engine import Model
-from moelite.errors import BudgetError, CheckpointError, StoreError, UsageError
+from moelite.errors import BudgetError, CheckpointError, UsageError
 from moelite.jit import kernel
 from moelite.kv import KVCache, kv_bytes
 from moelite.step import JOB_WORDS, LAYER_PHASES, _run
@@ -260,18 +260,6 @@ def test_a_store_without_tokenizer_takes_ids_only(store: Path) -> None:
         assert model.forward([1, 2]).shape == (2, 101)
         with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
             model.tokenizer.encode("text", special=True)
-
-
-def test_damage_is_an_error_and_not_a_token(store: Path, tmp_path: Path) -> None:
-    """A layer file deleted while the model runs: the reads that need it fail by name."""
-    import shutil
-
-    copy = tmp_path / "store"
-    shutil.copytree(store, copy)
-    with moelite.load(copy, ram=least(store).minimum_bytes, context=64) as model:
-        (copy / "experts-00002.safetensors").unlink()
-        with pytest.raises(StoreError, match="experts-00002"):
-            model.forward(IDS)
 
 
 def test_closing_gives_threads_back(store: Path) -> None:

@@ -15,19 +15,8 @@ CODE = ("moelite", "quant", "cache", "cli")
 LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
-    {"engine", "convert", "demo", "demo_files", "bench"},
-    {
-        "generate",
-        "session",
-        "model",
-        "layers",
-        "evaluate",
-        "budget",
-        "warm",
-        "gpu",
-        "lookahead",
-        "expertjobs",
-    }
+    {"engine", "convert", "demo", "demo_files", "bench", "verify"},
+    {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {"inventory", "packing", "lookahead", "expertjobs"},
     {"cache", "store", "storefile", "models"},
     {

@@ -61,6 +61,33 @@ def test_order_is_by_descending_score(order: list[int], data: st.DataObject) -> 
     assert chosen[0].tolist() == sorted(range(len(order)), key=lambda e: -order[e])[:top_k]
 
 
+@given(cases(), st.sampled_from([1.0, 2.5]), st.data())
+@settings(deadline=None, max_examples=100)
+def test_given_experts_get_their_own_weights(
+    case: tuple[npt.NDArray[np.float32], int, bool], scale: float, data: st.DataObject
+) -> None:
+    logits, top_k, renormalize = case
+    rule = router(logits.shape[1], top_k, renormalize=renormalize, scale=scale)
+    orders = [data.draw(st.permutations(range(logits.shape[1])))[:top_k] for _ in logits]
+    want = np.array(orders, np.int32).reshape(len(logits), top_k)
+    chosen, weights = route(rule, logits, want)
+    np.testing.assert_array_equal(chosen, want)
+    exact = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True, initial=-np.inf))
+    exact /= exact.sum(-1, keepdims=True)
+    own = np.take_along_axis(exact, want.astype(np.int64), -1)
+    own = own / own.sum(-1, keepdims=True) if renormalize else own
+    np.testing.assert_allclose(weights, own * scale, rtol=RTOL)
+    free = route(rule, logits)
+    for got, same in zip(route(rule, logits, free[0]), free, strict=True):
+        np.testing.assert_array_equal(got, same)
+
+
+def test_given_experts_without_any_score_weigh_nothing() -> None:
+    logits = np.array([[0, -300, -300, 0]], np.float32)
+    weights = route(router(4, 2, renormalize=True), logits, np.array([[2, 1]], np.int32))[1]
+    assert weights.tolist() == [[0, 0]]
+
+
 def test_ties_go_to_the_lower_id() -> None:
     logits = np.array([[0, 2, 1, 2, 1, 2, 0, 1]], np.float32)
     chosen, weights = route(router(8, 6), logits)
