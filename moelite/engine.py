@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -19,11 +19,14 @@ from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.cache.trace import I32, check_routes
 from moelite.drive import DriveSpeed, drive_speed
 from moelite.errors import CheckpointError, UsageError
+from moelite.forecast import Forecast, Hits
 from moelite.kv import KVCache
 from moelite.lookahead import Choice, Lookahead
 from moelite.machine import allocate, memory
+from moelite.meter import Meter
 from moelite.model import Decoder, OnRoute
 from moelite.models import build
+from moelite.outlook import PROMPT_TOKENS, outlook, speeds_here, usual_hits
 from moelite.quant.base import ALIGN, F32, U8, pad
 from moelite.session import Session
 from moelite.step import LAYER_PHASES
@@ -81,7 +84,7 @@ class Model:
     ) -> None:
         self.store, self.arch, self.footprint = store, arch, footprint
         self.drive = drive  # None: every expert fits in memory, so nobody asked
-        self.context = footprint.context
+        self.context, self.kv_format = footprint.context, kv
         self._tokenizer: Tokenizer | None = None
         if "tokenizer.json" in store.manifest.files:
             self._tokenizer = Tokenizer.from_files(store.sidecars())
@@ -173,6 +176,36 @@ class Model:
         """Seconds of computing since the model was loaded, by part of a layer; see moelite.step."""
         return self._decoder.part_seconds()
 
+    @property
+    def sizes(self) -> Sizes:
+        """What its budget was planned for."""
+        return Sizes(
+            arch=self.arch,
+            expert_format=self.store.expert_format,
+            dense_format=self.store.dense_format,
+            tokenizer_bytes=len(self.store.sidecars().get("tokenizer.json", b"")),
+            context=self.context,
+            kv=self.kv_format,
+            threads=self.footprint.threads,
+        )
+
+    def forecast(
+        self,
+        hits: Hits | None = None,
+        folder: Path | None = None,
+        *,
+        prompt_tokens: int = PROMPT_TOKENS,
+    ) -> Forecast:
+        """How fast it will be at its budget, as `foresee` tells beforehand."""
+        sizes, found, store = self.sizes, self.footprint, self.store.path
+        here = speeds_here(sizes, found, store, folder, memory_speed=self.memory_speed)
+        usual = hits or usual_hits(self.arch)
+        return outlook(sizes, found, usual, here, prompt_tokens=prompt_tokens)
+
+    def meter(self, folder: Path) -> Meter:
+        """Measures a generation, for the forecasts of later runs; see moelite.meter."""
+        return Meter(self, self.store.manifest.fingerprint, folder)
+
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Any:
         """The Completion of a text or of token ids. Options: see moelite.SamplingOptions."""
         from moelite import generate
@@ -219,7 +252,7 @@ def _context(arch: Arch, context: int | None) -> int:
     return context
 
 
-def _budget(ram: str | int | None) -> int:
+def budget_of(ram: str | int | None) -> int:
     """Bytes named by `ram`; without it, four fifths of what is free now."""
     machine = memory()
     if ram is None:
@@ -286,7 +319,7 @@ def load(  # noqa: PLR0913 - one for each choice a user has
             kv=kv,
             threads=_threads(threads),
         )
-        footprint = plan(sizes, _budget(ram), chunk)
+        footprint = plan(sizes, budget_of(ram), chunk)
         if not footprint.fits:
             raise refuse(footprint, store.path.name)
         warm.ensure({store.expert_format, store.dense_format}, on_compile)
@@ -313,17 +346,32 @@ def footprint(
     path: a store, or a checkpoint folder, hub id or "smollm2-moe", as if quantized to `experts` and
     `dense` (a store keeps its own formats).
     """
+    asked = Settings(context=context, kv=kv, threads=threads, experts=experts, dense=dense)
+    return plan(sizes_of(path, asked), budget_of(ram))
+
+
+class Settings(NamedTuple):
+    """How a model is to be run; the formats are for what is not yet a store."""
+
+    context: int | None = None
+    kv: KVFormat = "f16"
+    threads: int | None = None
+    experts: str = "int4"
+    dense: str = "int8"
+
+
+def sizes_of(path: str | Path, settings: Settings) -> Sizes:
+    """What a budget is planned for, from headers alone."""
     from moelite.convert import read_config
 
-    config, formats, tokenizer_bytes = read_config(path, experts, dense)
+    config, formats, tokenizer_bytes = read_config(path, settings.experts, settings.dense)
     arch = build(config)
-    sizes = Sizes(
+    return Sizes(
         arch=arch,
         expert_format=formats[0],
         dense_format=formats[1],
         tokenizer_bytes=tokenizer_bytes,
-        context=_context(arch, context),
-        kv=kv,
-        threads=_threads(threads),
+        context=_context(arch, settings.context),
+        kv=settings.kv,
+        threads=_threads(settings.threads),
     )
-    return plan(sizes, _budget(ram))

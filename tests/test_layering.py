@@ -15,7 +15,8 @@ CODE = ("moelite", "quant", "cache", "cli")
 LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
-    {"engine", "convert", "demo", "demo_files", "bench", "verify"},
+    {"engine", "convert", "demo", "demo_files", "bench", "verify", "foresee"},
+    {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {"inventory", "packing", "lookahead", "expertjobs"},
     {"cache", "store", "storefile", "models"},
@@ -42,6 +43,7 @@ LAYERS = (
         },
         *{"kv", "rope", "workspace", "threads", "sampling", "tokenizer", "template", "sandbox"},
         *{"jit", "tensorfile", "machine", "process", "drive"},
+        *{"forecast", "hitrates", "speeds"},
     },
     {"errors", "units", "notes"},
 )

@@ -1,0 +1,44 @@
+"""What a model takes and how fast it will be, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moelite.attention import KVFormat
+from moelite.budget import Footprint, plan
+from moelite.engine import Settings, budget_of, sizes_of
+from moelite.forecast import Forecast, Hits
+from moelite.outlook import outlook, speeds_here, usual_hits, work_of
+from moelite.storefile import MANIFEST
+
+
+def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
+    path: str | Path,
+    *,
+    ram: str | int | None = None,
+    context: int | None = None,
+    kv: KVFormat = "f16",
+    threads: int | None = None,
+    experts: str = "int4",
+    dense: str = "int8",
+    hits: Hits | None = None,
+    folder: Path | None = None,
+) -> tuple[Footprint, Forecast]:
+    """What the model at `path` takes, as `footprint` tells, and how fast it will be.
+
+    hits: how often an expert is in memory (default: as in published runs of such models). folder:
+    where the speeds of earlier runs are kept (default: the user's cache folder). Where the model
+    does not fit, the forecast is for the least budget.
+    """
+    asked = Settings(context=context, kv=kv, threads=threads, experts=experts, dense=dense)
+    sizes = sizes_of(path, asked)
+    found = plan(sizes, budget_of(ram))
+    store = Path(path).expanduser()
+    here = speeds_here(sizes, found, store if (store / MANIFEST).exists() else None, folder)
+    return found, outlook(sizes, found, hits or usual_hits(sizes.arch), here)
+
+
+def experts_of(path: str | Path) -> int:
+    """How many experts an MoE layer of the model at `path` has."""
+    sizes = sizes_of(path, Settings())
+    return work_of(sizes).moe[0][0]
