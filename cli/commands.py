@@ -189,7 +189,7 @@ def _mem(chat: Conversing, argument: str) -> None:
 
 
 def _stats(chat: Conversing, argument: str) -> None:
-    rows = stats_table(chat.last, chat.model.stats())
+    rows = stats_table(chat.last, chat.model.stats(), chat.forecast)
     rows.append(("context", f"{len(chat.session.ids):,} of {chat.session.context:,} tokens"))
     for name, value in rows:
         chat.say(f"  {name:<22} {value}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -12,12 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from moelite.cli.bars import Segment, bar
-from moelite.cli.common import ContextOption, KVOption, RamOption, ThreadsOption
+from moelite.cli.common import ContextOption, KVOption, RamOption, ThreadsOption, cache_folder
+from moelite.cli.forecast import mib, show_forecast
 from moelite.errors import BudgetError
 from moelite.units import MIB, show_bytes
 
 if TYPE_CHECKING:
     from moelite.budget import Footprint
+    from moelite.forecast import Forecast
 
 BAR_LABEL = 10  # columns before a bar
 BAR_VALUE = 12  # and after it
@@ -51,21 +54,39 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
     dense: Annotated[
         Literal["int4", "int8", "bf16", "f32"], typer.Option(help="As if its other weights were.")
     ] = "int8",
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            metavar="FILE",
+            help="Recorded routing of this model, for the forecast.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a model takes in memory and on disk, from headers alone; nothing is loaded.
+    """Show what a model takes in memory and on disk and how fast it will be; nothing is loaded.
+
+    Sizes come from headers alone. Speeds come from earlier runs on this machine, else from a short
+    look at its memory and drive; how often an expert is in memory comes from published runs of such
+    models, or from --trace.
 
     --experts and --dense are for what is not yet a store: a store has its formats. Exit code 3 if
     the model does not fit.
     """
-    from moelite import engine
+    from moelite import foresee
 
-    settings: Any = {"context": context, "threads": threads, "kv": kv}
-    found = engine.footprint(model, ram=ram, experts=experts, dense=dense, **settings)
+    settings: Any = {"context": context, "threads": threads, "kv": kv, "folder": cache_folder()}
+    if trace is not None:
+        from moelite.cli.recorded import recorded_hits
+
+        settings["hits"] = recorded_hits(trace, foresee.experts_of(model))
+    found, forecast = foresee.foresee(model, ram=ram, experts=experts, dense=dense, **settings)
     if as_json:
-        print(json.dumps(as_dict(model, found), indent=2))
+        facts = {**as_dict(model, found), "forecast": dataclasses.asdict(forecast)}
+        print(json.dumps(facts, indent=2))
     else:
-        show(Console(highlight=False), model, found)
+        show(Console(highlight=False), model, found, forecast)
     if not found.fits:
         raise typer.Exit(BudgetError.exit_code)
 
@@ -75,8 +96,8 @@ def as_dict(model: str, found: Footprint) -> dict[str, Any]:
     return {"model": model, **dataclasses.asdict(found), "used_bytes": found.used_bytes}
 
 
-def show(console: Console, model: str, found: Footprint) -> None:
-    """Verdict, bars, table, advice."""
+def show(console: Console, model: str, found: Footprint, forecast: Forecast | None = None) -> None:
+    """Verdict, bars, table, advice; then how fast it will be."""
     console.print(
         Text.assemble(
             (model, "bold"),
@@ -90,16 +111,20 @@ def show(console: Console, model: str, found: Footprint) -> None:
     _bars(console, found)
     console.print()
     console.print(_table(found, ascii_only=console.options.ascii_only))
-    helpful = advice(found)
+    helpful = advice(found, sped_up=forecast is not None)
     if helpful:
         console.print()
     for line in helpful:
         console.print(Text("  " + line))
+    if forecast is not None:
+        console.print()
+        budget, machine = found.budget_bytes, found.machine_bytes
+        show_forecast(console, forecast, asked_bytes=budget, most_bytes=machine)
 
 
 def verdict(found: Footprint) -> Text:
     """One sentence: whether it fits, and the least budget that would."""
-    least = f"the least at this context is --ram {_mib(found.minimum_bytes)}"
+    least = f"the least at this context is --ram {mib(found.minimum_bytes)}"
     if found.fits:
         share = 100 * found.experts_resident // max(found.experts_total, 1)
         rest = (
@@ -122,13 +147,13 @@ def verdict(found: Footprint) -> Text:
     return Text.assemble(("NO", "bold red"), f", {why}: {least}.")
 
 
-def advice(found: Footprint) -> list[str]:
-    """What would help, as something to type."""
+def advice(found: Footprint, *, sped_up: bool = False) -> list[str]:
+    """What would help, as something to type. sped_up: a forecast tells what makes it faster."""
     kv = _part(found, "kv")
     lines = []
     if not found.fits:
         if found.minimum_bytes <= found.machine_bytes:
-            lines.append(f"--ram {_mib(found.minimum_bytes)}: the least that works")
+            lines.append(f"--ram {mib(found.minimum_bytes)}: the least that works")
         else:
             lines.append(
                 f"this machine has {show_bytes(found.machine_bytes)} ({found.machine_limit}), "
@@ -137,21 +162,17 @@ def advice(found: Footprint) -> list[str]:
         if found.dense_format in {"bf16", "f32"}:
             lines.append("--dense int8 when quantizing: a smaller dense part")
     whole = found.used_bytes - _part(found, "experts") + found.experts_bytes
-    if found.fits and found.experts_resident < found.experts_total:
+    if found.fits and found.experts_resident < found.experts_total and not sped_up:
         # the slots that hold no resident expert are needed beside a full set, too
         whole += max(0, found.slots - found.experts_resident) * found.record_bytes
         if whole <= found.machine_bytes:
-            lines.append(f"--ram {_mib(whole)}: about what keeps every expert in memory")
+            lines.append(f"--ram {mib(whole)}: about what keeps every expert in memory")
     crowded = not found.fits or found.experts_resident < found.experts_total
     if crowded and found.context >= 1024 and kv >= MIB:
         lines.append(f"--context {found.context // 2}: frees {show_bytes(kv // 2)}")
-    if crowded and found.expert_format != "int4":
+    if crowded and found.expert_format != "int4" and not (sped_up and found.fits):
         lines.append("--experts int4 when quantizing: smaller experts, more of them in memory")
     return ["what would help:", *("  " + line for line in lines)] if lines else []
-
-
-def _mib(count: int) -> str:
-    return f"{-(-count // MIB)}MiB"
 
 
 def _part(found: Footprint, name: str) -> int:

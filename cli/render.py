@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moelite.units import show_bytes
 
 if TYPE_CHECKING:
     from moelite.cache.stats import CacheStats
+    from moelite.forecast import Forecast, Rate
     from moelite.generate import GenerationStats
 
 # what could move the cursor, ring, or start an escape sequence; \n and \t stay
@@ -29,16 +31,30 @@ def seconds(value: float) -> str:
     return f"{int(value) // 60} min {int(value) % 60} s"
 
 
+def tok_s(value: float) -> str:
+    """A speed: "0.42", "9.4", "42"."""
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"
+
+
+def band(rate: Rate, show: Callable[[float], str] = tok_s) -> str:
+    """A forecast in short: "9.1 to 13"; one number where both ends look alike."""
+    low, high = show(rate.low), show(rate.high)
+    return low if low == high else f"{low} to {high}"
+
+
 def percent(part: float, whole: float) -> str:
     """A share, "-" of nothing."""
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
-def answer_line(stats: GenerationStats, used: int, context: int) -> str:
+def answer_line(
+    stats: GenerationStats, used: int, context: int, forecast: Forecast | None = None
+) -> str:
     """What an answer cost, in one line: tokens, speed, first token, hit rate, context used."""
     parts = [f"{stats.generated_tokens:,} tok"]
     if stats.decode_tok_s:
-        parts.append(f"{stats.decode_tok_s:.1f} tok/s")
+        expected = f" (forecast {band(forecast.decode_tok_s)})" if forecast else ""
+        parts.append(f"{stats.decode_tok_s:.1f} tok/s{expected}")
     if stats.ttft_s:
         parts.append(f"first {seconds(stats.ttft_s)}")
     looked_up = stats.experts.hits + stats.experts.misses
@@ -48,7 +64,9 @@ def answer_line(stats: GenerationStats, used: int, context: int) -> str:
     return " · ".join(parts)
 
 
-def stats_table(last: GenerationStats | None, total: CacheStats) -> list[tuple[str, str]]:
+def stats_table(
+    last: GenerationStats | None, total: CacheStats, forecast: Forecast | None = None
+) -> list[tuple[str, str]]:
     """(what, value) pairs: the last answer, then the experts since the model was loaded."""
     rows: list[tuple[str, str]] = []
     if last is not None:
@@ -58,10 +76,20 @@ def stats_table(last: GenerationStats | None, total: CacheStats) -> list[tuple[s
             ("first token", seconds(last.ttft_s)),
             ("answer", f"{last.generated_tokens:,} tokens"),
             ("decode", f"{last.decode_tok_s:.1f} tok/s"),
+            *_forecast_rows(forecast),
             ("seed", str(last.seed)),
             *_expert_rows("experts, last answer", last.experts),
         ]
     return [*rows, *_expert_rows("experts, since start", total)]
+
+
+def _forecast_rows(forecast: Forecast | None) -> list[tuple[str, str]]:
+    if forecast is None:
+        return []
+    hit = forecast.hit_rate
+    found = f"{percent(hit.low, 1)} to {percent(hit.high, 1)} hit, {forecast.hit_about}"
+    speed = f"{band(forecast.decode_tok_s)} tok/s ({forecast.decode_tok_s.basis})"
+    return [("forecast", speed), ("forecast, experts", found)]
 
 
 def _expert_rows(title: str, stats: CacheStats) -> list[tuple[str, str]]:

@@ -12,11 +12,13 @@ from rich.text import Text
 from moelite.cache.stats import CacheStats
 from moelite.cli.answer import OPEN, Paper, Thoughts
 from moelite.cli.commands import COMMANDS, run_command
+from moelite.cli.common import cache_folder
 from moelite.cli.interrupt import Interrupt, Stopped, silent_keys
-from moelite.cli.render import answer_line
+from moelite.cli.render import answer_line, band
 from moelite.cli.sessions import Message
 from moelite.cli.terminal import LineReader, read_message
 from moelite.errors import MoeliteError
+from moelite.forecast import Forecast
 from moelite.generate import Generation, GenerationStats, SessionLike, generate
 from moelite.sampling import SamplingOptions
 
@@ -30,13 +32,16 @@ class ChatModel(Protocol):
     def footprint(self) -> Any: ...
     def session(self) -> Any: ...
     def stats(self) -> CacheStats: ...
+    def forecast(self, hits: Any = None, folder: Path | None = None) -> Any: ...
+    def meter(self, folder: Path) -> Any: ...
 
 
 class Conversing:
     """One conversation with one model.
 
     messages: user and assistant turns, in turns, the assistant's last. Its session keeps the keys
-    and values of all that was said, so that a turn costs only what is new.
+    and values of all that was said, so that a turn costs only what is new. forecast: made before
+    the first answer, for a person to see.
     """
 
     def __init__(
@@ -61,6 +66,9 @@ class Conversing:
         self.saved_to: Path | None = None
         self.paper = Paper()
         self.console = Console(highlight=False)
+        self.forecast: Forecast | None = None
+        if self.paper.terminal:
+            self.forecast = model.forecast(folder=cache_folder())
 
     def loop(self) -> None:
         """Read and answer until the user leaves. A file or pipe ends where it ends."""
@@ -134,9 +142,11 @@ class Conversing:
                 on_prefill=reading,
                 experts=self.model.stats,
             )
+            meter = self.model.meter(cache_folder())
             paper.begin()
             try:
                 for step in generation:
+                    meter.first_token()
                     for kind, part in thoughts.push(step.text):
                         paper.text(kind, part)
                     if interrupt.asked:
@@ -145,6 +155,9 @@ class Conversing:
                 pass  # what was read of the prompt stays read
             for kind, part in thoughts.flush():
                 paper.text(kind, part)
+        stats = generation.stats
+        fresh = stats.prompt_tokens - stats.reused_tokens
+        meter.done(stats.prompt_tokens, fresh, stats.generated_tokens - 1)
         stopped = interrupt.asked and generation.finish_reason is None
         self._close(generation, stopped)
         return generation, stopped
@@ -165,7 +178,7 @@ class Conversing:
                 f"[the context of {context:,} tokens is full, so the answer ends here."
                 " /drop forgets the oldest turn, /clear starts over]"
             )
-        self.paper.note("  " + answer_line(self.last, used, context))
+        self.paper.note("  " + answer_line(self.last, used, context, self.forecast))
 
     def prompt_messages(self) -> list[Message]:
         """The conversation as the template gets it."""
@@ -196,6 +209,8 @@ def banner(conversing: Conversing) -> None:
         parts.append(f"experts {formats[0]}, rest {formats[1]}")
     parts.append(f"{plan.experts_resident:,} of {plan.experts_total:,} experts in memory")
     parts.append(f"context {conversing.session.context:,}")
+    if conversing.forecast is not None:
+        parts.append(f"forecast {band(conversing.forecast.decode_tok_s)} tok/s")
     conversing.paper.note(" · ".join(parts))
     conversing.paper.note(
         '/help lists commands · Alt+Enter or """ for several lines · Ctrl-D leaves'

@@ -18,12 +18,14 @@ from moelite.cli.common import (
     RamOption,
     ReadsOption,
     ThreadsOption,
+    cache_folder,
     open_model,
 )
 from moelite.errors import UsageError
 
 if TYPE_CHECKING:
     from moelite.cli.repl import ChatModel
+    from moelite.forecast import Forecast
     from moelite.generate import Generation
 
 
@@ -134,6 +136,8 @@ def answer(
     from moelite.generate import stream
 
     paper = Paper()
+    watched = sys.stderr.isatty() and not as_json
+    forecast = model.forecast(folder=cache_folder()) if watched else None
     with Interrupt() as interrupt:
 
         def reading(done: int, total: int) -> None:
@@ -142,20 +146,25 @@ def answer(
                 paper.reading(done, total)
 
         generation = stream(model, ids, on_prefill=reading, **changes)
+        meter = model.meter(cache_folder())
         paper.begin()
         try:
             for step in generation:
+                meter.first_token()
                 if not as_json:
                     paper.text("answer", step.text)
                 if interrupt.asked:
                     break
         except Stopped:
             pass
+    stats = generation.stats
+    fresh = stats.prompt_tokens - stats.reused_tokens
+    meter.done(stats.prompt_tokens, fresh, stats.generated_tokens - 1)
     if as_json:
         print(json.dumps(report(generation, name, stopped=interrupt.asked), ensure_ascii=False))
     else:
         paper.end()
-        _stats_line(generation, model)
+        _stats_line(generation, forecast)
     if interrupt.asked and generation.finish_reason is None:
         raise KeyboardInterrupt
 
@@ -185,7 +194,7 @@ def report(generation: Generation, name: str, *, stopped: bool) -> dict[str, Any
     }
 
 
-def _stats_line(generation: Generation, model: ChatModel) -> None:
+def _stats_line(generation: Generation, forecast: Forecast | None) -> None:
     """The cost of the answer, for a person who watches."""
     if not sys.stderr.isatty():
         return
@@ -196,5 +205,5 @@ def _stats_line(generation: Generation, model: ChatModel) -> None:
 
     stats = generation.stats
     used = stats.prompt_tokens + stats.generated_tokens
-    line = answer_line(stats, used, generation.session.context)
+    line = answer_line(stats, used, generation.session.context, forecast)
     stderr_console().print(Text(line, style="dim"))

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from moelite.budget import Footprint, Part
 from moelite.cache.stats import CacheStats
+from moelite.forecast import Decode, Forecast, Help, Point, Rate, Speeds
 from moelite.tokenizer import Tokenizer
 from moelite.units import MIB
 
@@ -79,6 +81,50 @@ def fake_footprint(context: int) -> Footprint:
     )
 
 
+def fake_forecast() -> Forecast:
+    """9 to 13 tok/s for half of 240 experts."""
+    rate = Rate(0.6, 0.7, 0.8, "estimated")
+    speed = Rate(2e9, 4e9, 6e9, "measured")
+    return Forecast(
+        budget_bytes=1024 * MIB,
+        decode_tok_s=Rate(9.1, 11.2, 13.4, "estimated"),
+        ttft_s=Rate(2.0, 3.0, 4.0, "estimated"),
+        prompt_tokens=512,
+        hit_rate=rate,
+        hit_about="published runs of OLMoE-1B-7B",
+        read_bytes=Rate(16.0 * MIB, 24.0 * MIB, 32.0 * MIB, "estimated"),
+        bound="drive",
+        token=Decode(compute_s=0.03, handling_s=0.001, wait_s=0.058, misses=6.0),
+        speeds=Speeds(
+            weight_bytes_s=speed, prefill_macs_s=speed, drive_bytes_s=speed, miss_s=0.0001
+        ),
+        curve=tuple(
+            Point(budget_bytes=n * MIB, decode_tok_s=v, hit_rate=0.1 * v / 4, experts_resident=n)
+            for n, v in ((600, 4.0), (700, 5.5), (1024, 11.2), (1500, 22.4))
+        ),
+        resident_bytes=1500 * MIB,
+        working_set_bytes=700 * MIB,
+        helps=(
+            Help(kind="resident", amount=1, budget_bytes=1500 * MIB, decode_tok_s=22.4, gain=2.0),
+            Help(kind="drive", amount=2, budget_bytes=1024 * MIB, decode_tok_s=16.8, gain=1.5),
+        ),
+    )
+
+
+class FakeMeter:
+    """Measures nothing; keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, ...]] = []
+
+    def first_token(self) -> None:
+        if not self.told:
+            self.told.append(())
+
+    def done(self, prompt: int, computed: int, decoded: int) -> None:
+        self.told.append((prompt, computed, decoded))
+
+
 @dataclass
 class FakeSession:
     """Says the reply of the last question, token by token; counts what it computes."""
@@ -123,9 +169,17 @@ class FakeModel:
         self.replies = dict(replies or {})
         self.context, self.delay_s, self.prefill_delay_s = context, delay_s, prefill_delay_s
         self._lookups = 0
+        self.meters: list[FakeMeter] = []
 
     def session(self) -> FakeSession:
         return FakeSession(self, self.context)
+
+    def forecast(self, hits: Any = None, folder: Path | None = None) -> Forecast:
+        return fake_forecast()
+
+    def meter(self, folder: Path) -> FakeMeter:
+        self.meters.append(FakeMeter())
+        return self.meters[-1]
 
     def stats(self) -> CacheStats:
         return CacheStats(hits=9 * self._lookups, misses=self._lookups, bytes_read=0, wait_s=0.0)

@@ -294,6 +294,16 @@ def test_the_stats_line() -> None:
     assert [seconds(t) for t in (0.04, 9.94, 12.4, 200)] == ["0.0 s", "9.9 s", "12 s", "3 min 20 s"]
 
 
+def test_every_answer_is_measured_for_later_forecasts() -> None:
+    model = FakeModel({"x": "abc", "y": "de"})
+    talk(model, "x", "y")
+    first, second = (meter.told for meter in model.meters)
+    assert [len(told) for told in (first, second)] == [2, 2]
+    prompt, computed, decoded = first[1]
+    assert (prompt, decoded) == (computed, 2)
+    assert 0 < second[1][1] < second[1][0]  # what was kept of the conversation was not computed
+
+
 def test_interrupt_is_a_wish_then_an_order() -> None:
     before = signal.getsignal(signal.SIGINT)
     with Interrupt() as interrupt:

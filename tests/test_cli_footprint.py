@@ -8,13 +8,15 @@ from dataclasses import replace
 
 import pytest
 import typer
+from fakes import fake_forecast
 from rich.console import Console
 from typer.testing import CliRunner
 
-from moelite import engine
+from moelite import foresee
 from moelite.budget import Footprint, Part
 from moelite.cli import footprint as command
 from moelite.cli.bars import Segment, bar, cells
+from moelite.forecast import Forecast
 from moelite.units import GIB, MIB
 
 PARTS = (
@@ -132,15 +134,15 @@ def test_the_advice_names_smaller_formats_only_where_there_are() -> None:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs the command on a footprint; what engine.footprint was asked stays in `asked`."""
+    """Runs the command on a footprint; what foresee was asked stays in `asked`."""
     asked: list[tuple[object, dict[str, object]]] = []
 
     def go(found: Footprint, *arguments: str):
-        def fake(model: object, **options: object) -> Footprint:
+        def fake(model: object, **options: object) -> tuple[Footprint, Forecast]:
             asked.append((model, options))
-            return found
+            return found, fake_forecast()
 
-        monkeypatch.setattr(engine, "footprint", fake)
+        monkeypatch.setattr(foresee, "foresee", fake)
         app = typer.Typer()
         app.command()(command.footprint)
         return CliRunner().invoke(app, list(arguments)), asked[-1]
