@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,8 +22,11 @@ from moelite.cli.common import (
     RamOption,
     ReadsOption,
     ThreadsOption,
+    cache_folder,
     open_model,
 )
+from moelite.cli.forecast import show_beside
+from moelite.cli.recorded import replayed
 from moelite.units import show_bytes
 
 if TYPE_CHECKING:
@@ -60,14 +64,21 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     """
     from moelite.bench import bench as measure
     from moelite.cache.trace import read_trace
+    from moelite.hitrates import uniform
 
     trace = None if route is None else read_trace(route)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
     settings.update(reads=reads, lookahead=lookahead)
     with open_model(store, offline=offline, **settings) as model:
+        folder = cache_folder()
+        # random tokens: no published run of real text tells how they are routed
+        hits = uniform() if trace is None else replayed(trace)
+        forecast = model.forecast(hits, folder, prompt_tokens=prompt)
+        runs: Any = {"prompt": prompt, "gen": gen, "repeat": repeat, "seed": seed}
         with progress_on_stderr("bench", "runs") as progress:
-            how: Any = {"prompt": prompt, "gen": gen, "repeat": repeat, "seed": seed}
-            report = measure(model, **how, route=trace, progress=progress)
+            watch = functools.partial(model.meter, folder)
+            report = measure(model, **runs, route=trace, progress=progress, meter=watch)
+        report = dataclasses.replace(report, forecast=forecast)
         facts = store_facts(model)
     if as_json:
         print(json.dumps({**dataclasses.asdict(report), **facts}, indent=2))
@@ -153,3 +164,4 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         f"  experts {facts['expert_format']} ({facts['expert_bpw']} bpw), dense "
         f"{facts['dense_format']}; {report.cpu}, {facts['threads']} threads"
     )
+    show_beside(console, report)

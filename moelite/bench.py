@@ -20,9 +20,17 @@ import numpy as np
 from moelite.cache.stats import CacheStats
 from moelite.cache.trace import Trace
 from moelite.errors import UsageError
+from moelite.forecast import Forecast
 from moelite.process import cpu_name, peak_rss_bytes
 
 WARM_TOKENS = 4
+
+
+class MeterLike(Protocol):
+    """Watches one run; see moelite.meter."""
+
+    def first_token(self) -> None: ...
+    def done(self, prompt: int, computed: int, decoded: int) -> None: ...
 
 
 class BenchModel(Protocol):
@@ -78,7 +86,8 @@ class BenchReport:
     since its start. route: the file whose routing was forced on the model, or None.
 
     token_bytes: weights that a token reads; memory_bytes_s: what the machine's memory gave to as
-    many threads right after each run; bandwidth: the share of it that decoding used.
+    many threads right after each run; bandwidth: the share of it that decoding used. forecast: what
+    was expected, where somebody asked beforehand.
     """
 
     prompt_tokens: int
@@ -98,9 +107,10 @@ class BenchReport:
     seed: int
     route: str | None
     cpu: str
+    forecast: Forecast | None = None
 
 
-def bench(
+def bench(  # noqa: PLR0913 - one for each choice a user has, and who watches
     model: BenchModel,
     *,
     prompt: int = 128,
@@ -109,13 +119,15 @@ def bench(
     seed: int = 0,
     route: Trace | None = None,
     progress: Callable[[int, int], None] | None = None,
+    meter: Callable[[], MeterLike] | None = None,
 ) -> BenchReport:
     """Runs `repeat` times: a prompt of `prompt` random tokens, then `gen` tokens.
 
     route: the token at position p then uses the experts of the trace's token p (beginning again
     after its last), so that any weights of that shape have the expert traffic of real text.
-    progress(runs done, runs in all). Raises UsageError where there is nothing to measure, the
-    tokens exceed the model's context, or the trace does not fit the model.
+    progress(runs done, runs in all). meter: makes what watches one run. Raises UsageError where
+    there is nothing to measure, the tokens exceed the model's context, or the trace does not fit
+    the model.
     """
     for name, value, least in (("prompt", prompt, 1), ("gen", gen, 2), ("repeat", repeat, 1)):
         if value < least:
@@ -135,7 +147,10 @@ def bench(
         _run(model, ids[:WARM_TOKENS], 2)
         runs = []
         for done in range(repeat):
-            runs.append(_run(model, ids, gen))
+            watch = meter() if meter else None
+            runs.append(_run(model, ids, gen, watch))
+            if watch:
+                watch.done(prompt, prompt, gen - 1)
             if progress:
                 progress(done + 1, repeat)
     finally:
@@ -164,12 +179,14 @@ def bench(
     )
 
 
-def _run(model: BenchModel, ids: list[int], gen: int) -> BenchRun:
+def _run(model: BenchModel, ids: list[int], gen: int, watch: MeterLike | None = None) -> BenchRun:
     session = model.session()
     before = model.stats()
     started = _moment(model)
     token = int(np.argmax(session.advance(ids)))
     first, prefilled = _moment(model), model.stats()
+    if watch:
+        watch.first_token()
     for _ in range(gen - 1):
         token = int(np.argmax(session.advance([token])))
     ended = _moment(model)

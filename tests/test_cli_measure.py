@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import typer
+from fakes import FakeMeter, fake_forecast
 from typer.testing import CliRunner
 
 from moelite import engine, store
@@ -20,6 +21,7 @@ from moelite.cli import common
 from moelite.cli import evaluate as eval_command
 from moelite.errors import BudgetError, UsageError
 from moelite.evaluate import scoring_bytes
+from moelite.forecast import Forecast
 from moelite.units import MIB
 
 V = 64
@@ -76,6 +78,12 @@ class FakeModel:
 
     def memory_speed(self) -> float:
         return float(8 << 30)
+
+    def forecast(self, *_: object, **__: object) -> Forecast:
+        return fake_forecast()
+
+    def meter(self, folder: Path) -> FakeMeter:
+        return FakeMeter()
 
     def stats(self) -> CacheStats:
         return CacheStats(hits=3, misses=1, bytes_read=8192)
