@@ -198,7 +198,11 @@ class Model:
     ) -> Forecast:
         """How fast it will be at its budget, as `foresee` tells beforehand."""
         sizes, found, store = self.sizes, self.footprint, self.store.path
-        here = speeds_here(sizes, found, store, folder, memory_speed=self.memory_speed)
+        here = speeds_here(
+            *(sizes, found, store, folder),
+            memory_speed=self.memory_speed,
+            direct=self.store.direct,
+        )
         usual = hits or usual_hits(self.arch)
         return outlook(sizes, found, usual, here, prompt_tokens=prompt_tokens)
 

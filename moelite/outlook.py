@@ -88,11 +88,13 @@ def speeds_here(
     folder: Path | None = None,
     *,
     memory_speed: Callable[[], float] | None = None,
+    direct: bool | None = None,
 ) -> Speeds:
     """How fast this machine runs a plan: from earlier runs, else from a short probe.
 
     store: None if it is not written yet. folder: holds the file of earlier runs (default: the
     user's cache folder). memory_speed: instead of the probe, which takes memory of its own.
+    direct: whether records are read past the page cache (default: as `load` would decide).
     """
     folder = user_cache_path("moelite") if folder is None else folder
     here = this_machine(sizes.threads, sizes.expert_format, sizes.dense_format)
@@ -101,8 +103,9 @@ def speeds_here(
     if not any(sample.weight_bytes_s is not None for sample in samples):
         speed = memory_speed() if memory_speed else probe_memory(sizes.threads)
         reading = around(speed, 0.4, "estimated")
-    spare = memory().available_bytes - found.used_bytes
-    drive = drive_rate(store, found.record_bytes, cacheable=spare >= found.experts_bytes)
+    if direct is None:
+        direct = memory().available_bytes - found.used_bytes < found.experts_bytes
+    drive = drive_rate(store, found.record_bytes, cacheable=not direct)
     model = None if store is None else read_manifest(store / MANIFEST).fingerprint
     return speeds(samples, here, model, reading, drive)
 
