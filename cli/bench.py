@@ -27,6 +27,7 @@ from moelite.cli.common import (
 )
 from moelite.cli.forecast import show_beside
 from moelite.cli.recorded import replayed
+from moelite.cli.render import lookahead_line
 from moelite.units import show_bytes
 
 if TYPE_CHECKING:
@@ -101,6 +102,10 @@ def store_facts(model: Model) -> dict[str, Any]:
         "experts_total": model.footprint.experts_total,
         "context": model.context,
         "threads": model.footprint.threads,
+        "direct_reads": model.store.direct,
+        "reads_in_flight": model.drive.depth if model.drive else None,
+        "lookahead": lookahead_line(model.lookahead, model.stats()),
+        "lookahead_recall": model.lookahead.recall,
     }
 
 
@@ -155,6 +160,15 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         f"after ({show_bytes(int(report.memory_bytes_s))}/s)",
         soft_wrap=True,
     )
+    if report.drive_share is not None and report.drive_bytes_s is not None:
+        reads = report.decode_experts
+        console.print(
+            f"  decoding read {show_bytes(int(reads.read_bytes_s))}/s while it read: "
+            f"{100 * report.drive_share:.0f} % of what the drive gave right after "
+            f"({show_bytes(int(report.drive_bytes_s))}/s)",
+            soft_wrap=True,
+        )
+    console.print(f"  lookahead {facts['lookahead']}", soft_wrap=True, markup=False)
     peak, budget = show_bytes(report.peak_rss_bytes), show_bytes(facts["budget_bytes"])
     console.print(
         f"  peak memory {peak} of {budget}, "

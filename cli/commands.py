@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from moelite.cli import sessions
 from moelite.cli.common import state_folder, stderr_console
 from moelite.cli.footprint import show
-from moelite.cli.render import stats_table
+from moelite.cli.render import lookahead_line, stats_table
 from moelite.errors import UsageError
 from moelite.units import show_bytes
 
@@ -189,7 +189,9 @@ def _mem(chat: Conversing, argument: str) -> None:
 
 
 def _stats(chat: Conversing, argument: str) -> None:
-    rows = stats_table(chat.last, chat.model.stats(), chat.forecast)
+    total = chat.model.stats()
+    rows = stats_table(chat.last, total, chat.forecast)
+    rows.append(("lookahead", lookahead_line(chat.model.lookahead, total)))
     rows.append(("context", f"{len(chat.session.ids):,} of {chat.session.context:,} tokens"))
     for name, value in rows:
         chat.say(f"  {name:<22} {value}")

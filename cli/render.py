@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moelite.cache.stats import CacheStats
     from moelite.forecast import Forecast, Rate
     from moelite.generate import GenerationStats
+    from moelite.lookahead import Lookahead
 
 # what could move the cursor, ring, or start an escape sequence; \n and \t stay
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -81,6 +82,18 @@ def stats_table(
             *_expert_rows("experts, last answer", last.experts),
         ]
     return [*rows, *_expert_rows("experts, since start", total)]
+
+
+def lookahead_line(lookahead: Lookahead, total: CacheStats) -> str:
+    """What reading ahead does, and what came of it."""
+    parts = [lookahead.state()]
+    if lookahead.recall is not None:
+        parts.append(f"{percent(lookahead.recall, 1)} of the experts guessed")
+    if total.useful or total.late or total.wasted:
+        parts.append(
+            f"read ahead: {total.useful:,} in time, {total.late:,} late, {total.wasted:,} in vain"
+        )
+    return "; ".join(parts)
 
 
 def _forecast_rows(forecast: Forecast | None) -> list[tuple[str, str]]:

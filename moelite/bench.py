@@ -9,6 +9,7 @@ what little the warm-up left there, later runs what the run before left.
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -46,18 +47,24 @@ class BenchModel(Protocol):
     @property
     def token_bytes(self) -> int: ...
     def memory_speed(self) -> float: ...
+    def drive_speed(self) -> float | None: ...
     def force_routes(self, routes: Any, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTraffic:
-    """Experts found in memory, read from disk, and what the reads cost."""
+    """Experts found in memory, read from disk, and what the reads cost: see CacheStats."""
 
     hits: int
     misses: int
     bytes_read: int
     wait_s: float
+    read_s: float
+    useful: int
+    late: int
+    wasted: int
     hit_rate: float
+    read_bytes_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +73,8 @@ class BenchRun:
 
     prefill_ms, decode_ms: milliseconds a token, by part: attention, router, experts, dense
     feed-forward parts, head; then waiting for reads, and the rest, which is Python. memory_bytes_s:
-    how fast memory could be read right afterwards. experts: of prefill and decode; decode_experts:
-    of decode alone.
+    how fast memory could be read right afterwards. drive_bytes_s: the same of the drive, None where
+    nothing is read from it. experts: of prefill and decode; decode_experts: of decode alone.
     """
 
     prefill_tok_s: float
@@ -76,6 +83,7 @@ class BenchRun:
     prefill_ms: dict[str, float]
     decode_ms: dict[str, float]
     memory_bytes_s: float
+    drive_bytes_s: float | None
     experts: ExpertTraffic
     decode_experts: ExpertTraffic
 
@@ -86,8 +94,10 @@ class BenchReport:
     since its start. route: the file whose routing was forced on the model, or None.
 
     token_bytes: weights that a token reads; memory_bytes_s: what the machine's memory gave to as
-    many threads right after each run; bandwidth: the share of it that decoding used. forecast: what
-    was expected, where somebody asked beforehand.
+    many threads right after each run; bandwidth: the share of it that decoding used. drive_bytes_s:
+    what the drive gave right after each run; drive_share: the share of it that decoding reached
+    while it read; both None where nothing is read from the drive. forecast: what was expected,
+    where somebody asked beforehand.
     """
 
     prompt_tokens: int
@@ -100,6 +110,8 @@ class BenchReport:
     token_bytes: int
     memory_bytes_s: float
     bandwidth: float
+    drive_bytes_s: float | None
+    drive_share: float | None
     peak_rss_bytes: int
     experts: ExpertTraffic
     decode_experts: ExpertTraffic
@@ -169,6 +181,8 @@ def bench(  # noqa: PLR0913 - one for each choice a user has, and who watches
         bandwidth=statistics.median(
             run.decode_tok_s * model.token_bytes / run.memory_bytes_s for run in runs
         ),
+        drive_bytes_s=_median([run.drive_bytes_s for run in runs]),
+        drive_share=_median([_share(run) for run in runs]),
         peak_rss_bytes=peak_rss_bytes(),
         experts=_sum([run.experts for run in runs]),
         decode_experts=_sum([run.decode_experts for run in runs]),
@@ -199,6 +213,7 @@ def _run(model: BenchModel, ids: list[int], gen: int, watch: MeterLike | None = 
         prefill_ms=_milliseconds(started, first, len(ids)),
         decode_ms=_milliseconds(first, ended, gen - 1),
         memory_bytes_s=model.memory_speed(),
+        drive_bytes_s=model.drive_speed(),
         experts=_traffic(after - before),
         decode_experts=_traffic(after - prefilled),
     )
@@ -222,16 +237,24 @@ def _medians(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
+def _median(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
+
+
+def _share(run: BenchRun) -> float | None:
+    reads = run.decode_experts
+    if run.drive_bytes_s is None or not reads.bytes_read:
+        return None
+    return reads.read_bytes_s / run.drive_bytes_s
+
+
 def _traffic(stats: CacheStats) -> ExpertTraffic:
     return ExpertTraffic(
-        hits=stats.hits,
-        misses=stats.misses,
-        bytes_read=stats.bytes_read,
-        wait_s=stats.wait_s,
-        hit_rate=stats.hit_rate,
+        **dataclasses.asdict(stats), hit_rate=stats.hit_rate, read_bytes_s=stats.read_bytes_s
     )
 
 
 def _sum(runs: list[ExpertTraffic]) -> ExpertTraffic:
-    total = {f: sum(getattr(run, f) for run in runs) for f in ("hits", "misses", "bytes_read")}
-    return _traffic(CacheStats(**total, wait_s=sum(run.wait_s for run in runs)))
+    names = [field.name for field in dataclasses.fields(CacheStats)]
+    return _traffic(CacheStats(**{n: sum(getattr(run, n) for run in runs) for n in names}))

@@ -9,7 +9,6 @@ device and record size; the speed, which changes with what else uses the drive, 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import random
 import threading
@@ -17,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from moelite.machine import allocate
 from moelite.notes import read_notes, write_notes
 from moelite.tensorfile import pread_into
 
@@ -24,6 +24,7 @@ DEPTHS = (2, 4, 8)  # reads in flight; one alone leaves the drive idle while its
 PAGE = 4096
 _NOTES = "drives.json"
 _FRESH_S = 30.0  # a speed younger than this is not measured again
+_LARGE = 1 << 23  # a larger record is read no faster, and its blocks would take the budget
 _TRIAL_S = 0.1
 _QUICK_S = 0.25
 _F_NOCACHE = 48  # fcntl.F_NOCACHE, which the module lacks
@@ -74,9 +75,7 @@ def drive_speed(path: Path, record_bytes: int) -> DriveSpeed:
     OSError if nothing there can be read.
     """
     file = _largest(path)
-    device = file.stat().st_dev
-    key = f"{device >> 8}:{device & 255} {1 << (record_bytes - 1).bit_length()}"
-    notes = read_notes(_NOTES)
+    key, notes = _key(file, record_bytes), read_notes(_NOTES)
     found = _noted(notes.get(key))
     if found is not None and time.time() - notes[key]["at"] < _FRESH_S:
         return found
@@ -85,6 +84,23 @@ def drive_speed(path: Path, record_bytes: int) -> DriveSpeed:
     note = {name: getattr(found, name) for name in DriveSpeed.__dataclass_fields__}
     write_notes(_NOTES, {**read_notes(_NOTES), key: {**note, "at": time.time()}})
     return found
+
+
+def noted_speed(path: Path, record_bytes: int) -> DriveSpeed | None:
+    """What was found before for the device that `path` is on or would be; nothing is read."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return _noted(read_notes(_NOTES).get(_key(path, record_bytes)))
+
+
+def _key(path: Path, record_bytes: int) -> str:
+    device = path.stat().st_dev
+    return f"{device >> 8}:{device & 255} {1 << (record_bytes - 1).bit_length()}"
+
+
+def speed_now(path: Path, record_bytes: int, found: DriveSpeed) -> float:
+    """Bytes a second of this moment, at the way and depth found before; takes a quarter of one."""
+    return _Trial(_largest(path), record_bytes).again(found).bytes_s
 
 
 def _largest(path: Path) -> Path:
@@ -109,16 +125,20 @@ def _noted(note: object) -> DriveSpeed | None:
 
 
 class _Trial:
-    """Reads random records of a file for a while."""
+    """Reads random records of a file for a while, into memory like the one that a run reads into:
+    on huge pages a read is cut into far fewer requests."""
 
     def __init__(self, file: Path, record_bytes: int) -> None:
         self._file = file
         size = file.stat().st_size
         if size < PAGE:
             raise OSError(f"{file} is too small to measure a drive with")
-        self._record = max(PAGE, min(record_bytes, size) // PAGE * PAGE)
+        self._record = max(PAGE, min(record_bytes, size, _LARGE) // PAGE * PAGE)
         self._places = max(1, size // self._record)
         self._random = random.Random()  # other places each time: none that are cached by now
+        self._blocks = [allocate(self._record) for _ in range(max(DEPTHS))]
+        for block in self._blocks:
+            block[:] = 0
 
     def choose(self) -> DriveSpeed:
         """Tries the depths in turn, twice, then the page cache."""
@@ -171,8 +191,10 @@ class _Trial:
             start = time.perf_counter()
             counts: list[list[int]] = [[0] for _ in range(depth)]
             team = [
-                threading.Thread(target=self._read, args=(fd, start + seconds, done, failed))
-                for done in counts
+                threading.Thread(
+                    target=self._read, args=(fd, block.data, start + seconds, done, failed)
+                )
+                for block, done in zip(self._blocks, counts, strict=False)
             ]
             for thread in team:
                 thread.start()
@@ -185,24 +207,24 @@ class _Trial:
             raise failed[0]
         return sum(done[0] for done in counts) / passed
 
-    def _read(self, fd: int, until: float, done: list[int], failed: list[OSError]) -> None:
-        with mmap.mmap(-1, self._record) as block, memoryview(block) as view:
-            try:
-                while True:
-                    place = self._random.randrange(self._places) * self._record
-                    done[0] += pread_into(fd, view, place)
-                    if time.perf_counter() >= until:
-                        return
-            except OSError as problem:
-                failed.append(problem)
+    def _read(
+        self, fd: int, view: memoryview, until: float, done: list[int], failed: list[OSError]
+    ) -> None:
+        try:
+            while True:
+                place = self._random.randrange(self._places) * self._record
+                done[0] += pread_into(fd, view, place)
+                if time.perf_counter() >= until:
+                    return
+        except OSError as problem:
+            failed.append(problem)
 
     def _warm(self) -> float:
         # of one record, read again at once
         best, fd = 0.0, open_for_reading(self._file, direct=False)
-        with mmap.mmap(-1, self._record) as block, memoryview(block) as view:
-            for _ in range(4):
-                start = time.perf_counter()
-                pread_into(fd, view, 0)
-                best = max(best, self._record / (time.perf_counter() - start))
+        for _ in range(4):
+            start = time.perf_counter()
+            pread_into(fd, self._blocks[0].data, 0)
+            best = max(best, self._record / (time.perf_counter() - start))
         os.close(fd)
         return best

@@ -17,7 +17,7 @@ from moelite.bandwidth import read_speed
 from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.cache.trace import I32, check_routes
-from moelite.drive import DriveSpeed, drive_speed
+from moelite.drive import DriveSpeed, drive_speed, speed_now
 from moelite.errors import CheckpointError, UsageError
 from moelite.forecast import Forecast, Hits
 from moelite.kv import KVCache
@@ -171,6 +171,13 @@ class Model:
         """Bytes per second at which the model's threads read memory at this moment."""
         used = self.footprint.experts_resident * self.footprint.record_bytes
         return read_speed(self.experts.arena[:used], self.footprint.threads)
+
+    def drive_speed(self) -> float | None:
+        """Bytes per second that the drive gives at this moment; None where nothing is read from it,
+        because all experts fit in memory or the page cache."""
+        if self.drive is None or not self.store.direct:
+            return None
+        return speed_now(self.store.path, self.footprint.record_bytes, self.drive)
 
     def part_seconds(self) -> dict[str, float]:
         """Seconds of computing since the model was loaded, by part of a layer; see moelite.step."""

@@ -46,6 +46,7 @@ _ARM = binding.get_process_triple().startswith(("aarch64", "arm64"))
 TARGET = _choose_target()
 VNNI = TARGET in ("vbmi", "vnni")
 HALF_INSTRUCTIONS = _ARM or "+f16c" in _FEATURES
+CARRYLESS = not _ARM and "+pclmul" in _FEATURES  # multiplication without carries
 WIDE = {"+avx512vnni", "+avx512vl"} <= _FEATURES  # 512-bit vectors, for many tokens at once
 
 
@@ -72,6 +73,7 @@ def kernel_sources() -> list[Path]:
             "ops.py",
             "kernels.py",
             "routing.py",
+            "crc.py",
         )
     ] + formats
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from platformdirs import user_cache_path
 
-from moelite.drive import drive_speed
+from moelite.drive import drive_speed, noted_speed
 from moelite.forecast import LAYER_S, Rate, Speeds, Work, around
 from moelite.machine import allocate, memory
 from moelite.notes import read_notes, write_notes
@@ -199,14 +200,16 @@ def probe_memory(threads: int) -> float:
 
 
 def drive_rate(store: Path | None, record_bytes: int, *, cacheable: bool) -> Rate:
-    """How fast records of `store` are read; without one, an assumption.
+    """How fast records of `store` are read; without one, as the drive that would hold it
+    was read before, else an assumption.
 
     cacheable: memory outside the budget can keep every record, so that a run reads through the page
     cache: what is not there yet once from the drive, later from memory.
     """
+    if store is None:
+        noted = noted_speed(user_cache_path("moelite"), record_bytes)
+        return around(noted.bytes_s if noted else UNKNOWN_DRIVE, 0.5, "estimated")
     try:
-        if store is None:
-            raise OSError("nothing to read from")
         found = drive_speed(store, record_bytes)
     except OSError:
         return around(UNKNOWN_DRIVE, 0.5, "estimated")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from moelite.crc import crc32
 from moelite.drive import let_go, open_for_reading
 from moelite.errors import StoreError
 from moelite.quant.base import ALIGN, U8
@@ -208,7 +208,7 @@ class Store:
             raise StoreError(
                 f"{self.path / name} ends inside {what}", fix="quantize the checkpoint again"
             )
-        if index is not None and zlib.crc32(out.data) != self.manifest.files[name].crc32[index]:
+        if index is not None and crc32(out) != self.manifest.files[name].crc32[index]:
             raise _damaged(self.path / name, what)
 
 

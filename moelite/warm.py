@@ -16,6 +16,7 @@ import numpy as np
 from moelite import jit, ops, step
 from moelite.arch import Linear, Router, TensorRef
 from moelite.bandwidth import read_speed
+from moelite.crc import crc32
 from moelite.dispatch import matrix_of
 from moelite.errors import BudgetError, MoeliteError
 from moelite.machine import memory
@@ -116,6 +117,7 @@ def _compile_step() -> None:
     route(router, np.zeros((1, 2), np.float32))
     step.clock()
     read_speed(np.zeros(256, np.uint8), 1)
+    crc32(np.zeros(512, np.uint8))
     sync = np.zeros(sync_size(1, 1), np.int64)
     jobs = np.zeros(RING * step.JOB_WORDS, np.int64)
     step.work(1, 1, sync, jobs, 0, 0, 0)  # a helper that looks once and finds no job

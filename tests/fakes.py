@@ -22,6 +22,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from moelite.budget import Footprint, Part
 from moelite.cache.stats import CacheStats
 from moelite.forecast import Decode, Forecast, Help, Point, Rate, Speeds
+from moelite.lookahead import Lookahead
 from moelite.tokenizer import Tokenizer
 from moelite.units import MIB
 
@@ -169,6 +170,7 @@ class FakeModel:
         self.replies = dict(replies or {})
         self.context, self.delay_s, self.prefill_delay_s = context, delay_s, prefill_delay_s
         self._lookups = 0
+        self.lookahead = Lookahead("off")
         self.meters: list[FakeMeter] = []
 
     def session(self) -> FakeSession:

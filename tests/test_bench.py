@@ -57,6 +57,7 @@ class SlowModel:
             misses=c.misses + len(ids),
             bytes_read=c.bytes_read + 4096 * len(ids),
             wait_s=c.wait_s + 0.5,
+            read_s=c.read_s + 0.25,
         )
         return np.eye(V, dtype=np.float32)[(ids[-1] + 1) % V]
 
@@ -70,6 +71,21 @@ class SlowModel:
 
     def memory_speed(self) -> float:
         return 400_000.0
+
+    def drive_speed(self) -> float | None:
+        return 32768.0
+
+
+def test_the_drive_is_compared_with_what_it_gives_right_after() -> None:
+    report = bench(SlowModel(), prompt=30, gen=11, repeat=3)
+    assert report.drive_bytes_s == 32768.0
+    assert report.drive_share == pytest.approx(4096 / 0.25 / 32768)  # of decode steps alone
+
+    class Resident(SlowModel):
+        def drive_speed(self) -> float | None:
+            return None
+
+    assert bench(Resident(), prompt=30, gen=11, repeat=1).drive_share is None
 
 
 def test_speeds_are_tokens_over_time() -> None:

@@ -36,6 +36,7 @@ LAYERS = (
             "raw",
             "attention",
             "bandwidth",
+            "crc",
             "words",
             "step",
             "program",

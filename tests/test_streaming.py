@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from test_cache import RECORD, Reader, check, flat, make, use
 from moelite import drive, notes
 from moelite.cache import replay
 from moelite.cache.reads import Reading, ReadPool
+from moelite.crc import crc32
 from moelite.errors import UsageError
 from moelite.lookahead import Lookahead
 from moelite.store import ExpertKey
@@ -171,6 +173,21 @@ def test_guesses_change_no_count_and_lose_no_slot(
     assert (stats.hits, stats.misses) == replay(trace, by_layer)
     assert stats.useful + stats.late <= stats.misses
     cache.close()
+
+
+# --- checksums ---
+
+
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 1 << 30), size=st.integers(0, 2000), skip=st.integers(0, 64))
+def test_checksums_are_zlibs(seed: int, size: int, skip: int) -> None:
+    data = np.random.default_rng(seed).integers(0, 256, size + skip, dtype=np.uint8)[skip:]
+    assert crc32(data) == zlib.crc32(data.tobytes())
+
+
+def test_checksums_of_whole_records_are_zlibs() -> None:
+    for data in (np.zeros(1 << 20, np.uint8), np.full(999_999, 255, np.uint8)):
+        assert crc32(data) == zlib.crc32(data.tobytes())
 
 
 # --- whether it pays ---
