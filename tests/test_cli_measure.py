@@ -22,6 +22,7 @@ from moelite.cli import evaluate as eval_command
 from moelite.errors import BudgetError, UsageError
 from moelite.evaluate import scoring_bytes
 from moelite.forecast import Forecast
+from moelite.lookahead import Lookahead
 from moelite.units import MIB
 
 V = 64
@@ -56,7 +57,7 @@ class FakeModel:
             hidden_size=32, expert_size=64, payload_bytes=3 * 32 * 64, record_bytes=8192
         )
         self.store = SimpleNamespace(
-            layout=layout, expert_format="int8", dense_format="int8", path=Path(name)
+            layout=layout, expert_format="int8", dense_format="int8", path=Path(name), direct=True
         )
 
     def session(self) -> FakeModel:
@@ -78,6 +79,12 @@ class FakeModel:
 
     def memory_speed(self) -> float:
         return float(8 << 30)
+
+    drive = None
+    lookahead = Lookahead("off")
+
+    def drive_speed(self) -> float | None:
+        return float(1 << 20)
 
     def forecast(self, *_: object, **__: object) -> Forecast:
         return fake_forecast()
