@@ -74,7 +74,7 @@ def bench(  # noqa: PLR0913 - one parameter for each option
         folder = cache_folder()
         # random tokens: no published run of real text tells how they are routed
         hits = uniform() if trace is None else replayed(trace)
-        forecast = model.forecast(hits, folder, prompt_tokens=prompt)
+        forecast = model.forecast(hits, folder, prompt_tokens=prompt, lookahead=trace is None)
         runs: Any = {"prompt": prompt, "gen": gen, "repeat": repeat, "seed": seed}
         with progress_on_stderr("bench", "runs") as progress:
             watch = functools.partial(model.meter, folder)

@@ -202,13 +202,18 @@ class Model:
         folder: Path | None = None,
         *,
         prompt_tokens: int = PROMPT_TOKENS,
+        lookahead: bool = True,
     ) -> Forecast:
-        """How fast it will be at its budget, as `foresee` tells beforehand."""
+        """How fast it will be at its budget, as `foresee` tells beforehand.
+
+        lookahead: False where guesses will be wrong, because routes are forced.
+        """
         sizes, found, store = self.sizes, self.footprint, self.store.path
         here = speeds_here(
             *(sizes, found, store, folder),
             memory_speed=self.memory_speed,
             direct=self.store.direct,
+            lookahead=lookahead and self.lookahead.choice != "off",
         )
         usual = hits or usual_hits(self.arch)
         return outlook(sizes, found, usual, here, prompt_tokens=prompt_tokens)

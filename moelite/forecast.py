@@ -9,6 +9,10 @@ the hit rate leaves; m misses of a layer cost
 where c is the time to multiply by one expert and s the time to handle one miss. So reads hide
 behind the experts of the same layer that are in memory, and behind nothing else: not behind the
 next layer's attention, and not behind the missed experts themselves, which may all land last.
+
+With lookahead the drive never rests, but what was guessed wrong is read in vain: a token takes as
+long as its reads, of which a share 1 - recall comes on top, or as its computing, whichever is
+longer. A run keeps the faster way, and so does the forecast.
 """
 
 from __future__ import annotations
@@ -53,12 +57,16 @@ def weakest(bases: Iterable[Basis]) -> Basis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """What this machine does a second, and seconds to handle one miss besides reading it."""
+    """What this machine does a second, and seconds to handle one miss besides reading it.
+
+    recall: share of the experts that lookahead guesses; None where there is none.
+    """
 
     weight_bytes_s: Rate
     prefill_macs_s: Rate
     drive_bytes_s: Rate
     miss_s: float
+    recall: Rate | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +234,11 @@ def decode(work: Work, quotas: Sequence[int], hit: HitRate, speeds: Speeds, side
         misses += count * k * (1 - rate)
         wait += count * _layer_wait(k, rate, costs)
     compute = work.dense_bytes / weights + used * costs.expert_s + work.layers * LAYER_S
-    return Decode(compute_s=compute, handling_s=misses * speeds.miss_s, wait_s=wait, misses=misses)
+    handling = misses * speeds.miss_s
+    if speeds.recall is not None:
+        ahead = misses * costs.read_s * (2 - speeds.recall.at(side))
+        wait = min(wait, max(0.0, ahead - compute - handling))
+    return Decode(compute_s=compute, handling_s=handling, wait_s=wait, misses=misses)
 
 
 def distinct(experts: int, k: int, tokens: int) -> float:

@@ -83,6 +83,21 @@ def test_reads_hide_behind_the_experts_of_their_own_layer_only() -> None:
     assert decode(large, (2, 2), lambda share: 0.5, fast, "likely").wait_s == token.wait_s
 
 
+def test_with_lookahead_a_token_takes_as_long_as_its_reads_or_its_computing() -> None:
+    """2 misses of 4 ms, computing and handling 6 ms: recall 1 leaves 2 ms, recall 3/4 4 ms; with
+    recall 0 reading twice as much is slower than without lookahead."""
+
+    def wait(recall: float) -> float:
+        seen = replace(SPEEDS, recall=around(recall, 0, "exact"))
+        return decode(WORK, (2, 2), lambda share: 0.5, seen, "likely").wait_s
+
+    assert wait(1) == pytest.approx(0.002 - 2 * LAYER_S)
+    assert wait(0.75) == pytest.approx(0.004 - 2 * LAYER_S)
+    assert wait(0) == decode(WORK, (2, 2), lambda share: 0.5, SPEEDS, "likely").wait_s
+    quick = replace(SPEEDS, drive_bytes_s=around(1e12, 0, "exact"), recall=around(0.9, 0, "exact"))
+    assert decode(WORK, (2, 2), lambda share: 0.5, quick, "likely").wait_s == 0
+
+
 def test_all_resident_is_computing_only() -> None:
     token = decode(WORK, (4, 4), lambda share: 0.0, SPEEDS, "likely")
     assert (token.misses, token.handling_s, token.wait_s) == (0, 0, 0)
