@@ -25,6 +25,7 @@ PAGE = 4096
 _NOTES = "drives.json"
 _FRESH_S = 30.0  # a speed younger than this is not measured again
 _LARGE = 1 << 23  # a larger record is read no faster, and its blocks would take the budget
+_FILES = 64  # at most
 _TRIAL_S = 0.1
 _QUICK_S = 0.25
 _F_NOCACHE = 48  # fcntl.F_NOCACHE, which the module lacks
@@ -69,17 +70,17 @@ def let_go(fd: int, offset: int = 0, size: int = 0) -> None:
 
 
 def drive_speed(path: Path, record_bytes: int) -> DriveSpeed:
-    """Of the drive that holds `path`, a file or a folder whose largest file is taken.
+    """Of the drive that holds `path`, a file or a folder whose large files are read from.
 
     The first time for a device and record size about a second of reads, then a quarter of one.
     OSError if nothing there can be read.
     """
-    file = _largest(path)
-    key, notes = _key(file, record_bytes), read_notes(_NOTES)
+    files = _large_files(path)
+    key, notes = _key(files[0], record_bytes), read_notes(_NOTES)
     found = _noted(notes.get(key))
     if found is not None and time.time() - notes[key]["at"] < _FRESH_S:
         return found
-    trial = _Trial(file, record_bytes)
+    trial = _Trial(files, record_bytes)
     found = trial.choose() if found is None else trial.again(found)
     note = {name: getattr(found, name) for name in DriveSpeed.__dataclass_fields__}
     write_notes(_NOTES, {**read_notes(_NOTES), key: {**note, "at": time.time()}})
@@ -100,13 +101,15 @@ def _key(path: Path, record_bytes: int) -> str:
 
 def speed_now(path: Path, record_bytes: int, found: DriveSpeed) -> float:
     """Bytes a second of this moment, at the way and depth found before; takes a quarter of one."""
-    return _Trial(_largest(path), record_bytes).again(found).bytes_s
+    return _Trial(_large_files(path), record_bytes).again(found).bytes_s
 
 
-def _largest(path: Path) -> Path:
-    if path.is_dir():
-        return max((p for p in path.iterdir() if p.is_file()), key=lambda p: p.stat().st_size)
-    return path
+def _large_files(path: Path) -> list[Path]:
+    # as a run reads: from all layers' files, since parts of a drive may be cached further down
+    if not path.is_dir():
+        return [path]
+    sizes = {p: p.stat().st_size for p in sorted(path.iterdir()) if p.is_file()}
+    return [p for p, size in sizes.items() if 2 * size >= max(sizes.values())]
 
 
 def _noted(note: object) -> DriveSpeed | None:
@@ -128,14 +131,14 @@ class _Trial:
     """Reads random records of a file for a while, into memory like the one that a run reads into:
     on huge pages a read is cut into far fewer requests."""
 
-    def __init__(self, file: Path, record_bytes: int) -> None:
-        self._file = file
-        size = file.stat().st_size
+    def __init__(self, files: list[Path], record_bytes: int) -> None:
+        self._random = random.Random()  # other places each time: none that are cached by now
+        self._files = self._random.sample(files, min(len(files), _FILES))
+        size = min(file.stat().st_size for file in files)
         if size < PAGE:
-            raise OSError(f"{file} is too small to measure a drive with")
+            raise OSError(f"{files[0]} is too small to measure a drive with")
         self._record = max(PAGE, min(record_bytes, size, _LARGE) // PAGE * PAGE)
         self._places = max(1, size // self._record)
-        self._random = random.Random()  # other places each time: none that are cached by now
         self._blocks = [allocate(self._record) for _ in range(max(DEPTHS))]
         for block in self._blocks:
             block[:] = 0
@@ -144,7 +147,6 @@ class _Trial:
         """Tries the depths in turn, twice, then the page cache."""
         direct = True
         try:
-            os.close(open_for_reading(self._file, direct=True))
             self._speed(1, direct=True, seconds=0)
         except OSError:
             direct = False
@@ -183,16 +185,17 @@ class _Trial:
 
     def _speed(self, depth: int, *, direct: bool, seconds: float) -> float:
         # bytes a second; at least one record a thread is read
-        fd = open_for_reading(self._file, direct=direct)
+        fds = [open_for_reading(file, direct=direct) for file in self._files]
         failed: list[OSError] = []
         try:
             if not direct:
-                let_go(fd)
-            start = time.perf_counter()
+                for fd in fds:
+                    let_go(fd)
             counts: list[list[int]] = [[0] for _ in range(depth)]
+            start = time.perf_counter()
             team = [
                 threading.Thread(
-                    target=self._read, args=(fd, block.data, start + seconds, done, failed)
+                    target=self._read, args=(fds, block.data, start + seconds, done, failed)
                 )
                 for block, done in zip(self._blocks, counts, strict=False)
             ]
@@ -202,18 +205,19 @@ class _Trial:
                 thread.join()
             passed = time.perf_counter() - start
         finally:
-            os.close(fd)
+            for fd in fds:
+                os.close(fd)
         if failed:
             raise failed[0]
         return sum(done[0] for done in counts) / passed
 
     def _read(
-        self, fd: int, view: memoryview, until: float, done: list[int], failed: list[OSError]
+        self, fds: list[int], view: memoryview, until: float, done: list[int], failed: list[OSError]
     ) -> None:
         try:
             while True:
                 place = self._random.randrange(self._places) * self._record
-                done[0] += pread_into(fd, view, place)
+                done[0] += pread_into(self._random.choice(fds), view, place)
                 if time.perf_counter() >= until:
                     return
         except OSError as problem:
@@ -221,7 +225,7 @@ class _Trial:
 
     def _warm(self) -> float:
         # of one record, read again at once
-        best, fd = 0.0, open_for_reading(self._file, direct=False)
+        best, fd = 0.0, open_for_reading(self._files[0], direct=False)
         for _ in range(4):
             start = time.perf_counter()
             pread_into(fd, self._blocks[0].data, 0)

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
 from typing import Literal, NamedTuple
 
 Basis = Literal["exact", "measured", "estimated"]
@@ -28,6 +28,9 @@ Side = Literal["low", "likely", "high"]
 HitRate = Callable[[float], float]  # share of a layer's experts in memory -> share of hits
 
 _ORDER: tuple[Basis, ...] = ("exact", "measured", "estimated")
+# Beside reads, computing is slower: threads meet at more and smaller jobs, reads take bandwidth.
+# 22 ms of an OLMoE token grew to 26, 32 and 34 where 29, 60 and 82 % of its experts missed.
+BESIDE_READS = 0.65
 LAYER_S = 25e-6  # Python and phases of a layer, whatever its size: docs/LOG.md, 0.42 ms for 16
 
 
@@ -59,7 +62,8 @@ def weakest(bases: Iterable[Basis]) -> Basis:
 class Speeds:
     """What this machine does a second, and seconds to handle one miss besides reading it.
 
-    recall: share of the experts that lookahead guesses; None where there is none.
+    recall: share of the experts that lookahead guesses; None where there is none. touch_bytes_s:
+    memory that is used for the first time.
     """
 
     weight_bytes_s: Rate
@@ -67,6 +71,7 @@ class Speeds:
     drive_bytes_s: Rate
     miss_s: float
     recall: Rate | None = None
+    touch_bytes_s: float = inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,17 +226,27 @@ def _layer_wait(k: int, hit: float, costs: _Costs) -> float:
     return total
 
 
+def slowed(misses: float, used: int) -> float:
+    """How many times as long computing takes when so many of the experts used are read."""
+    return 1 + BESIDE_READS * misses / max(used, 1)
+
+
 def decode(work: Work, quotas: Sequence[int], hit: HitRate, speeds: Speeds, side: Side) -> Decode:
     """One token, with every speed at one end of what is known."""
     weights, drive = speeds.weight_bytes_s.at(side), speeds.drive_bytes_s.at(side)
+    rates = [
+        layer_hit_rate(hit, experts, quota)
+        for (experts, _), quota in zip(work.moe, quotas, strict=True)
+    ]
+    used = work.used_experts
+    misses = sum(k * (1 - rate) for (_, k), rate in zip(work.moe, rates, strict=True))
+    weights /= slowed(misses, used)
     costs = _Costs(work.expert_bytes / weights, work.record_bytes / drive, speeds.miss_s)
-    used, misses, wait = 0, 0.0, 0.0
+    wait = 0.0
     for (experts, k, quota), count in Counter(
         (experts, k, quota) for (experts, k), quota in zip(work.moe, quotas, strict=True)
     ).items():
         rate = layer_hit_rate(hit, experts, quota)
-        used += count * k
-        misses += count * k * (1 - rate)
         wait += count * _layer_wait(k, rate, costs)
     compute = work.dense_bytes / weights + used * costs.expert_s + work.layers * LAYER_S
     handling = misses * speeds.miss_s
@@ -247,7 +262,7 @@ def distinct(experts: int, k: int, tokens: int) -> float:
 
 
 def prefill_seconds(work: Work, setting: Setting, tokens: int, speeds: Speeds, side: Side) -> float:
-    """Seconds to read a prompt, from a cache without experts.
+    """Seconds to read a prompt, from a cache without experts, in memory not used before.
 
     In each chunk a layer reads an expert at most once, the next while the present one is
     multiplied. What a chunk multiplies by is streamed from memory once, however few its tokens.
@@ -263,8 +278,10 @@ def prefill_seconds(work: Work, setting: Setting, tokens: int, speeds: Speeds, s
             used = distinct(experts, k, size)
             missed = used * (1 - kept[i] / experts)
             computing = max(size * k * work.expert_macs / macs, used * work.expert_bytes / weights)
-            total += max(computing + missed * speeds.miss_s, missed * read_s)
-            kept[i] = min(quota, kept[i] + missed)
+            now = min(quota, kept[i] + missed)
+            reading = missed * read_s + (now - kept[i]) * work.record_bytes / speeds.touch_bytes_s
+            total += max(computing + missed * speeds.miss_s, reading)
+            kept[i] = now
     return total
 
 

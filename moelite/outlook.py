@@ -26,7 +26,14 @@ from moelite.hitrates import prior
 from moelite.kv import kv_bytes
 from moelite.machine import memory
 from moelite.quant import FORMATS
-from moelite.speeds import drive_rate, load_samples, probe_memory, speeds, this_machine
+from moelite.speeds import (
+    drive_rate,
+    load_samples,
+    probe_memory,
+    probe_touch,
+    speeds,
+    this_machine,
+)
 from moelite.storefile import MANIFEST, read_manifest
 from moelite.units import GIB, MIB
 
@@ -113,7 +120,11 @@ def speeds_here(
     drive = drive_rate(store, found.record_bytes, cacheable=not direct)
     model = None if store is None else read_manifest(store / MANIFEST).fingerprint
     found_here = speeds(samples, here, model, reading, drive)
-    return replace(found_here, recall=RECALL if lookahead else None)
+    return replace(
+        found_here,
+        recall=RECALL if lookahead else None,
+        touch_bytes_s=probe_touch(sizes.threads),
+    )
 
 
 def usual_hits(arch: Arch) -> Hits:

@@ -19,7 +19,7 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from moelite.drive import drive_speed, noted_speed
-from moelite.forecast import LAYER_S, Rate, Speeds, Work, around
+from moelite.forecast import LAYER_S, Rate, Speeds, Work, around, slowed
 from moelite.machine import allocate, memory
 from moelite.notes import read_notes, write_notes
 from moelite.process import cpu_name
@@ -41,6 +41,7 @@ _PREFILL_MACS = {"int4": 95e9, "int8": 47e9, "bf16": 12e9, "f32": 12e9}
 _NARROW = 0.65
 _MISS_S = 0.15e-3  # to handle a miss in Python: 0.09 to 0.2 ms, by the size of a record
 _PAGES = 128  # looked at to see what the page cache holds
+_TOUCH_BYTES = 64 * MIB
 _PROBE_BYTES, _PROBE_S = 96 * MIB, 0.15
 
 
@@ -96,7 +97,8 @@ def sample_of(model: str, work: Work, chunk: int, prefill: Spent, decode: Spent)
         sample = replace(sample, prefill_macs_s=macs / prefill.compute_s)
     if decode.tokens >= _LEAST_DECODE and decode.compute_s > 0:
         read = decode.tokens * (work.dense_bytes + work.used_experts * work.expert_bytes)
-        sample = replace(sample, weight_bytes_s=read / decode.compute_s)
+        beside = slowed(decode.misses / decode.tokens, work.used_experts)
+        sample = replace(sample, weight_bytes_s=read * beside / decode.compute_s)
         if decode.misses >= decode.tokens:
             rest = decode.python_s - decode.tokens * work.layers * LAYER_S
             sample = replace(sample, miss_s=max(0.0, rest / decode.misses))
@@ -197,6 +199,23 @@ def probe_memory(threads: int) -> float:
             thread.join()
         best = max(best, size / (time.perf_counter() - start))
     return best
+
+
+def probe_touch(threads: int) -> float:
+    """Bytes per second at which memory is used for the first time: the system clears it, and a
+    virtual machine may have to be given it."""
+    block = allocate(_TOUCH_BYTES)
+    cuts = [block.size * i // threads for i in range(threads + 1)]
+    team = [
+        threading.Thread(target=block[cuts[i] : cuts[i + 1]].fill, args=(1,))
+        for i in range(threads)
+    ]
+    start = time.perf_counter()
+    for thread in team:
+        thread.start()
+    for thread in team:
+        thread.join()
+    return block.size / (time.perf_counter() - start)
 
 
 def drive_rate(store: Path | None, record_bytes: int, *, cacheable: bool) -> Rate:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import tiny_checkpoint
 
+from moelite import forecast as forecast_module
 from moelite import outlook as outlook_module
 from moelite.budget import Sizes, plan
 from moelite.cache import LayerLRU
@@ -46,6 +47,26 @@ SPEEDS = Speeds(
     drive_bytes_s=around(0.25e9, 0.5, "measured"),
     miss_s=0.0005,
 )
+
+
+@pytest.fixture(autouse=True)
+def as_fast_beside_reads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Sums by hand leave out that reads slow computing down."""
+    if "slowed" not in request.node.name:
+        monkeypatch.setattr(forecast_module, "BESIDE_READS", 0.0)
+
+
+def test_computing_is_slowed_by_the_share_that_is_missed() -> None:
+    alone = decode(WORK, (4, 4), lambda share: 0.5, SPEEDS, "likely").compute_s - 2 * LAYER_S
+    beside = decode(WORK, (2, 2), lambda share: 0.5, SPEEDS, "likely").compute_s - 2 * LAYER_S
+    assert beside == pytest.approx(alone * (1 + 0.5 * forecast_module.BESIDE_READS))
+
+
+def test_memory_used_for_the_first_time_delays_a_prompt() -> None:
+    """4 tokens in one chunk miss 3.75 experts a layer; 2 stay: 2 MB at 1 GB/s are 2 ms more."""
+    before = prefill_seconds(WORK, at(2, 2), 4, SPEEDS, "likely")
+    slow = replace(SPEEDS, touch_bytes_s=1e9)
+    assert prefill_seconds(WORK, at(2, 2), 4, slow, "likely") - before == pytest.approx(0.004)
 
 
 def at(*quotas: int, chunk: int = 8) -> Setting:
