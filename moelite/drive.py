@@ -26,6 +26,7 @@ _NOTES = "drives.json"
 _FRESH_S = 30.0  # a speed younger than this is not measured again
 _LARGE = 1 << 23  # a larger record is read no faster, and its blocks would take the budget
 _FILES = 64  # at most
+_AHEAD_S = 0.03  # reads in flight before they count
 _TRIAL_S = 0.1
 _QUICK_S = 0.25
 _F_NOCACHE = 48  # fcntl.F_NOCACHE, which the module lacks
@@ -184,41 +185,52 @@ class _Trial:
         )
 
     def _speed(self, depth: int, *, direct: bool, seconds: float) -> float:
-        # bytes a second; at least one record a thread is read
+        # Bytes a second that arrive in a window of `seconds`. It begins when reads are under way
+        # and ends while they still are: short trials would else count idle ends. A drive
+        # too slow for that is timed from its first read to its last.
         fds = [open_for_reading(file, direct=direct) for file in self._files]
         failed: list[OSError] = []
         try:
             if not direct:
                 for fd in fds:
                     let_go(fd)
-            counts: list[list[int]] = [[0] for _ in range(depth)]
-            start = time.perf_counter()
+            counts: list[list[int]] = [[0, 0] for _ in range(depth)]  # in the window, in all
+            begun = time.perf_counter()
+            window = begun + min(_AHEAD_S, seconds), begun + min(_AHEAD_S, seconds) + seconds
             team = [
-                threading.Thread(
-                    target=self._read, args=(fds, block.data, start + seconds, done, failed)
-                )
+                threading.Thread(target=self._read, args=(fds, block.data, window, done, failed))
                 for block, done in zip(self._blocks, counts, strict=False)
             ]
             for thread in team:
                 thread.start()
             for thread in team:
                 thread.join()
-            passed = time.perf_counter() - start
+            passed = time.perf_counter() - begun
         finally:
             for fd in fds:
                 os.close(fd)
         if failed:
             raise failed[0]
-        return sum(done[0] for done in counts) / passed
+        inside, whole = (sum(done[i] for done in counts) for i in range(2))
+        return inside / seconds if inside >= 2 * depth * self._record else whole / passed
 
     def _read(
-        self, fds: list[int], view: memoryview, until: float, done: list[int], failed: list[OSError]
+        self,
+        fds: list[int],
+        view: memoryview,
+        window: tuple[float, float],
+        done: list[int],
+        failed: list[OSError],
     ) -> None:
         try:
             while True:
                 place = self._random.randrange(self._places) * self._record
-                done[0] += pread_into(self._random.choice(fds), view, place)
-                if time.perf_counter() >= until:
+                count = pread_into(self._random.choice(fds), view, place)
+                now = time.perf_counter()
+                done[1] += count
+                if window[0] <= now < window[1]:
+                    done[0] += count
+                if now >= window[1]:
                     return
         except OSError as problem:
             failed.append(problem)

@@ -279,8 +279,8 @@ def prefill_seconds(work: Work, setting: Setting, tokens: int, speeds: Speeds, s
             missed = used * (1 - kept[i] / experts)
             computing = max(size * k * work.expert_macs / macs, used * work.expert_bytes / weights)
             now = min(quota, kept[i] + missed)
-            reading = missed * read_s + (now - kept[i]) * work.record_bytes / speeds.touch_bytes_s
-            total += max(computing + missed * speeds.miss_s, reading)
+            touching = (now - kept[i]) * work.record_bytes / speeds.touch_bytes_s
+            total += max(computing + missed * speeds.miss_s, missed * read_s, touching)
             kept[i] = now
     return total
 

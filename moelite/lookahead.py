@@ -19,6 +19,7 @@ CHOICES: tuple[str, ...] = get_args(Choice)
 _BLOCK = 3  # tokens with, then as many without
 _BLOCKS = 6  # of each
 _AGAIN = 2000  # tokens until the next test: drives change
+_STILL = 24  # tokens without a miss, after which there is nothing to guess
 _GAIN = 0.98  # of the time without, at most, to be worth it
 
 
@@ -34,7 +35,7 @@ class Lookahead:
         self.chosen: bool | None = None if choice == "auto" else choice == "on"
         self.seconds: tuple[float, float] | None = None  # a token without and with, as tested
         self._times: tuple[list[float], list[float]] = [], []
-        self._tokens = 0
+        self._tokens = self._still = 0
         self._reads = False
         self.guessed = self.right = 0  # experts, and how many of them the router then chose
 
@@ -54,7 +55,10 @@ class Lookahead:
         if self.choice != "auto":
             return
         self._tokens += 1
+        self._still = 0 if misses else self._still + 1
         if self.chosen is not None:
+            if self._still >= _STILL:
+                self.chosen, self.seconds = False, None  # all that is used is in memory by now
             if self._tokens >= _AGAIN:
                 self.chosen, self._tokens, self._times = None, 0, ([], [])
             return

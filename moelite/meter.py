@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from moelite.budget import Footprint, Sizes
 from moelite.cache.stats import CacheStats
+from moelite.lookahead import Lookahead
 from moelite.outlook import work_of
 from moelite.speeds import Spent, record, sample_of, this_machine
+
+_LEAST_GUESSED = 1000  # experts, before their share says something
 
 
 class Metered(Protocol):
@@ -19,6 +23,8 @@ class Metered(Protocol):
     def sizes(self) -> Sizes: ...
     @property
     def footprint(self) -> Footprint: ...
+    @property
+    def lookahead(self) -> Lookahead: ...
     def stats(self) -> CacheStats: ...
     def part_seconds(self) -> dict[str, float]: ...
 
@@ -55,7 +61,11 @@ class Meter:
         work = work_of(sizes, prompt + decoded // 2)
         here = this_machine(sizes.threads, sizes.expert_format, sizes.dense_format)
         chunk = self._model.footprint.chunk
-        record(self._folder, here, sample_of(self._fingerprint, work, chunk, prefill, decode))
+        sample = sample_of(self._fingerprint, work, chunk, prefill, decode)
+        ahead = self._model.lookahead
+        if ahead.guessed >= _LEAST_GUESSED:
+            sample = replace(sample, recall=ahead.recall)
+        record(self._folder, here, sample)
 
     def _now(self) -> _Moment:
         compute_s = sum(self._model.part_seconds().values())

@@ -39,9 +39,6 @@ from moelite.units import GIB, MIB
 
 PROMPT_TOKENS = 512  # of the example whose first token is timed, and where decoding is timed
 POINTS = 10
-# Of lookahead: 79 % on the built-in model, 81 to 89 in published runs of Qwen models (docs/LOG.md);
-# random weights, whose residual hardly changes from layer to layer, give 96
-RECALL = Rate(0.72, 0.85, 0.96, "estimated")
 
 
 def work_of(sizes: Sizes, position: int = PROMPT_TOKENS) -> Work:
@@ -122,7 +119,7 @@ def speeds_here(
     found_here = speeds(samples, here, model, reading, drive)
     return replace(
         found_here,
-        recall=RECALL if lookahead else None,
+        recall=found_here.recall if lookahead else None,
         touch_bytes_s=probe_touch(sizes.threads),
     )
 

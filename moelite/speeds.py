@@ -40,6 +40,8 @@ _DECODE_SHARE = 0.75
 _PREFILL_MACS = {"int4": 95e9, "int8": 47e9, "bf16": 12e9, "f32": 12e9}
 _NARROW = 0.65
 _MISS_S = 0.15e-3  # to handle a miss in Python: 0.09 to 0.2 ms, by the size of a record
+# Of lookahead: 79 % on the built-in model, 81 to 89 in published runs of Qwen models (docs/LOG.md)
+RECALL = Rate(0.72, 0.85, 0.96, "estimated")
 _PAGES = 128  # looked at to see what the page cache holds
 _TOUCH_BYTES = 64 * MIB
 _PROBE_BYTES, _PROBE_S = 96 * MIB, 0.15
@@ -69,12 +71,16 @@ def this_machine(threads: int, expert_format: str, dense_format: str) -> Machine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one run showed; None where it was too short or had nothing to show. model: which."""
+    """What one run showed; None where it was too short or had nothing to show. model: which.
+
+    recall: share of the experts that lookahead guessed.
+    """
 
     model: str
     weight_bytes_s: float | None = None
     prefill_macs_s: float | None = None
     miss_s: float | None = None
+    recall: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +135,7 @@ def _sample(entry: Any) -> Sample | None:
         weight_bytes_s=_within(entry.get("weight_bytes_s"), 1e6, 1e14),
         prefill_macs_s=_within(entry.get("prefill_macs_s"), 1e6, 1e16),
         miss_s=_within(entry.get("miss_s"), 0.0, 10.0),
+        recall=_within(entry.get("recall"), 0.0, 1.0),
     )
 
 
@@ -152,6 +159,7 @@ def speeds(
     weights = _measured(samples, "weight_bytes_s", model)
     macs = _measured(samples, "prefill_macs_s", model)
     miss = _measured(samples, "miss_s", model)
+    recall = _measured([s for s in samples if s.model == model], "recall", model)
     if weights is None:
         assert memory_bytes_s is not None
         weights = around(memory_bytes_s.likely * _DECODE_SHARE, 0.4, "estimated")
@@ -164,6 +172,7 @@ def speeds(
         prefill_macs_s=macs,
         drive_bytes_s=drive,
         miss_s=_MISS_S if miss is None else miss.likely,
+        recall=RECALL if recall is None else replace(recall, high=min(1.0, recall.high)),
     )
 
 

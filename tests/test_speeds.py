@@ -139,6 +139,7 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
     model = SimpleNamespace(
         sizes=SimpleNamespace(threads=2, expert_format="int4", dense_format="int8"),
         footprint=SimpleNamespace(chunk=64),
+        lookahead=SimpleNamespace(guessed=4000, recall=0.75),
         stats=CacheStats,
         part_seconds=lambda: {"experts": spent.parts},
     )
@@ -162,6 +163,7 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
     (found,) = load_samples(tmp_path, HERE)
     assert found.model == "print"
     assert found.prefill_macs_s == pytest.approx(64 * 6e9 / 4.0)
+    assert found.recall == 0.75
     assert found.weight_bytes_s == pytest.approx(20 * 3e9 / 1.0)
     assert positions == [110]
     Meter(model, "print", tmp_path).done(100, 64, 20)  # no token came

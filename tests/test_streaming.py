@@ -216,6 +216,15 @@ def test_nothing_missing_needs_no_lookahead() -> None:
     assert drive_tokens(Lookahead("auto"), 0.05, 0.03, 0)[-1] is False
 
 
+def test_it_ends_when_nothing_is_missing_any_more() -> None:
+    ahead = Lookahead("auto")
+    drive_tokens(ahead, 0.05, 0.04, 3)
+    assert ahead.wanted()
+    drive_tokens(ahead, 0.05, 0.04, 0)
+    assert not ahead.wanted()
+    assert ahead.state() == "off"
+
+
 def test_a_choice_is_kept_whatever_it_costs() -> None:
     assert all(drive_tokens(Lookahead("on"), 0.04, 0.05, 3))
     assert not any(drive_tokens(Lookahead("off"), 0.05, 0.04, 3))
