@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from moelite.budget import Footprint, Sizes
 from moelite.cache.stats import CacheStats
+from moelite.drive import DriveSpeed
 from moelite.lookahead import Lookahead
 from moelite.outlook import work_of
 from moelite.speeds import Spent, record, sample_of, this_machine
 
 _LEAST_GUESSED = 1000  # experts, before their share says something
+_LEAST_READ = 1 << 27  # bytes, the same
 
 
 class Metered(Protocol):
@@ -25,6 +27,10 @@ class Metered(Protocol):
     def footprint(self) -> Footprint: ...
     @property
     def lookahead(self) -> Lookahead: ...
+    @property
+    def drive(self) -> DriveSpeed | None: ...
+    @property
+    def store(self) -> Any: ...
     def stats(self) -> CacheStats: ...
     def part_seconds(self) -> dict[str, float]: ...
 
@@ -65,6 +71,9 @@ class Meter:
         ahead = self._model.lookahead
         if ahead.guessed >= _LEAST_GUESSED:
             sample = replace(sample, recall=ahead.recall)
+        reads, drive = self._now().stats - self._first.stats, self._model.drive
+        if drive is not None and self._model.store.direct and reads.bytes_read >= _LEAST_READ:
+            sample = replace(sample, drive_share=reads.read_bytes_s / drive.bytes_s)
         record(self._folder, here, sample)
 
     def _now(self) -> _Moment:

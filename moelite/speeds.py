@@ -73,7 +73,8 @@ def this_machine(threads: int, expert_format: str, dense_format: str) -> Machine
 class Sample:
     """What one run showed; None where it was too short or had nothing to show. model: which.
 
-    recall: share of the experts that lookahead guessed.
+    recall: share of the experts that lookahead guessed. drive_share: speed while reading over what
+    the drive's probe had said.
     """
 
     model: str
@@ -81,6 +82,7 @@ class Sample:
     prefill_macs_s: float | None = None
     miss_s: float | None = None
     recall: float | None = None
+    drive_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +138,7 @@ def _sample(entry: Any) -> Sample | None:
         prefill_macs_s=_within(entry.get("prefill_macs_s"), 1e6, 1e16),
         miss_s=_within(entry.get("miss_s"), 0.0, 10.0),
         recall=_within(entry.get("recall"), 0.0, 1.0),
+        drive_share=_within(entry.get("drive_share"), 0.25, 4.0),
     )
 
 
@@ -160,6 +163,10 @@ def speeds(
     macs = _measured(samples, "prefill_macs_s", model)
     miss = _measured(samples, "miss_s", model)
     recall = _measured([s for s in samples if s.model == model], "recall", model)
+    share = _measured(samples, "drive_share", model)
+    if share is not None and drive.basis == "measured":
+        by = share.likely
+        drive = Rate(by * drive.low, by * drive.likely, by * drive.high, "measured")
     if weights is None:
         assert memory_bytes_s is not None
         weights = around(memory_bytes_s.likely * _DECODE_SHARE, 0.4, "estimated")

@@ -112,6 +112,13 @@ def test_own_runs_count_before_others_and_both_before_an_estimate() -> None:
     assert none.prefill_macs_s.low < none.prefill_macs_s.likely < none.prefill_macs_s.high
 
 
+def test_the_drive_is_expected_to_give_what_runs_got() -> None:
+    seen = [Sample(model="m", weight_bytes_s=1e9, drive_share=share) for share in (1.2, 0.9, 1.3)]
+    found = speeds(seen, HERE, "m", None, around(1e9, 0.2, "measured"))
+    assert found.drive_bytes_s.likely == pytest.approx(1.2e9)
+    assert found.drive_bytes_s.low == pytest.approx(0.96e9)
+
+
 def test_a_sample_by_hand() -> None:
     """64 prompt tokens in 2 s, 20 more: 0.4 s of computing, 0.1 s of Python, 40 misses."""
     prefill = Spent(tokens=64, compute_s=2.0, python_s=1.0, misses=16)
@@ -140,7 +147,9 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
         sizes=SimpleNamespace(threads=2, expert_format="int4", dense_format="int8"),
         footprint=SimpleNamespace(chunk=64),
         lookahead=SimpleNamespace(guessed=4000, recall=0.75),
-        stats=CacheStats,
+        drive=DriveSpeed(direct=True, depth=4, bytes_s=1e9, page_cache_bytes_s=1e10),
+        store=SimpleNamespace(direct=True),
+        stats=lambda: CacheStats(bytes_read=int(spent.clock * 1e9), read_s=spent.clock / 2),
         part_seconds=lambda: {"experts": spent.parts},
     )
     large = replace(WORK, dense_bytes=1e9, expert_bytes=5e8, dense_macs=2e9, expert_macs=1e9)
@@ -164,6 +173,7 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
     assert found.model == "print"
     assert found.prefill_macs_s == pytest.approx(64 * 6e9 / 4.0)
     assert found.recall == 0.75
+    assert found.drive_share == pytest.approx(2.0)
     assert found.weight_bytes_s == pytest.approx(20 * 3e9 / 1.0)
     assert positions == [110]
     Meter(model, "print", tmp_path).done(100, 64, 20)  # no token came
