@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Protocol
 
 from moelite.budget import Footprint, Sizes
 from moelite.cache.stats import CacheStats
-from moelite.drive import DriveSpeed
 from moelite.lookahead import Lookahead
 from moelite.outlook import work_of
 from moelite.speeds import Spent, record, sample_of, this_machine
@@ -27,8 +26,6 @@ class Metered(Protocol):
     def footprint(self) -> Footprint: ...
     @property
     def lookahead(self) -> Lookahead: ...
-    @property
-    def drive(self) -> DriveSpeed | None: ...
     @property
     def store(self) -> Any: ...
     def stats(self) -> CacheStats: ...
@@ -71,9 +68,9 @@ class Meter:
         ahead = self._model.lookahead
         if ahead.guessed >= _LEAST_GUESSED:
             sample = replace(sample, recall=ahead.recall)
-        reads, drive = self._now().stats - self._first.stats, self._model.drive
-        if drive is not None and self._model.store.direct and reads.bytes_read >= _LEAST_READ:
-            sample = replace(sample, drive_share=reads.read_bytes_s / drive.bytes_s)
+        reads = self._now().stats - self._first.stats
+        if self._model.store.direct and reads.bytes_read >= _LEAST_READ:
+            sample = replace(sample, drive_bytes_s=reads.read_bytes_s, at=time.time())
         record(self._folder, here, sample)
 
     def _now(self) -> _Moment:

@@ -43,6 +43,7 @@ _MISS_S = 0.15e-3  # to handle a miss in Python: 0.09 to 0.2 ms, by the size of 
 # Of lookahead: 79 % on the built-in model, 81 to 89 in published runs of Qwen models (docs/LOG.md)
 RECALL = Rate(0.72, 0.85, 0.96, "estimated")
 _PAGES = 128  # looked at to see what the page cache holds
+_DRIVE_S, _ANOTHER = 900.0, 2.5
 _TOUCH_BYTES = 64 * MIB
 _PROBE_BYTES, _PROBE_S = 96 * MIB, 0.15
 
@@ -73,8 +74,8 @@ def this_machine(threads: int, expert_format: str, dense_format: str) -> Machine
 class Sample:
     """What one run showed; None where it was too short or had nothing to show. model: which.
 
-    recall: share of the experts that lookahead guessed. drive_share: speed while reading over what
-    the drive's probe had said.
+    recall: share of the experts that lookahead guessed. drive_bytes_s: what the drive gave
+    while it was read from, at the time `at`, seconds since 1970.
     """
 
     model: str
@@ -82,7 +83,8 @@ class Sample:
     prefill_macs_s: float | None = None
     miss_s: float | None = None
     recall: float | None = None
-    drive_share: float | None = None
+    drive_bytes_s: float | None = None
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +140,8 @@ def _sample(entry: Any) -> Sample | None:
         prefill_macs_s=_within(entry.get("prefill_macs_s"), 1e6, 1e16),
         miss_s=_within(entry.get("miss_s"), 0.0, 10.0),
         recall=_within(entry.get("recall"), 0.0, 1.0),
-        drive_share=_within(entry.get("drive_share"), 0.25, 4.0),
+        drive_bytes_s=_within(entry.get("drive_bytes_s"), 1e4, 1e13),
+        at=_within(entry.get("at"), 0.0, 1e12),
     )
 
 
@@ -163,10 +166,8 @@ def speeds(
     macs = _measured(samples, "prefill_macs_s", model)
     miss = _measured(samples, "miss_s", model)
     recall = _measured([s for s in samples if s.model == model], "recall", model)
-    share = _measured(samples, "drive_share", model)
-    if share is not None and drive.basis == "measured":
-        by = share.likely
-        drive = Rate(by * drive.low, by * drive.likely, by * drive.high, "measured")
+    if drive.basis == "measured":
+        drive = _steadied(drive, samples)
     if weights is None:
         assert memory_bytes_s is not None
         weights = around(memory_bytes_s.likely * _DECODE_SHARE, 0.4, "estimated")
@@ -190,6 +191,17 @@ def _measured(samples: list[Sample], name: str, model: str | None) -> Rate | Non
         if values:
             return around(statistics.median(values), spread, "measured")
     return None
+
+
+def _steadied(probe: Rate, samples: list[Sample]) -> Rate:
+    """A probe of a quarter of a second was off by up to half; what the last two runs of the last
+    quarter of an hour got counts as much, unless the drive is now another altogether."""
+    since = time.time() - _DRIVE_S
+    runs = [s.drive_bytes_s for s in samples if s.drive_bytes_s and s.at and s.at >= since]
+    by = statistics.median([probe.likely, *runs[-2:]]) / probe.likely
+    if not 1 / _ANOTHER < by < _ANOTHER:
+        return probe
+    return Rate(by * probe.low, by * probe.likely, by * probe.high, "measured")
 
 
 def probe_memory(threads: int) -> float:

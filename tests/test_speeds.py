@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ import pytest
 from moelite import meter
 from moelite import speeds as module
 from moelite.cache.stats import CacheStats
-from moelite.drive import DriveSpeed
 from moelite.forecast import LAYER_S, Work, around
 from moelite.meter import Meter
 from moelite.speeds import (
@@ -112,11 +112,18 @@ def test_own_runs_count_before_others_and_both_before_an_estimate() -> None:
     assert none.prefill_macs_s.low < none.prefill_macs_s.likely < none.prefill_macs_s.high
 
 
-def test_the_drive_is_expected_to_give_what_runs_got() -> None:
-    seen = [Sample(model="m", weight_bytes_s=1e9, drive_share=share) for share in (1.2, 0.9, 1.3)]
-    found = speeds(seen, HERE, "m", None, around(1e9, 0.2, "measured"))
-    assert found.drive_bytes_s.likely == pytest.approx(1.2e9)
-    assert found.drive_bytes_s.low == pytest.approx(0.96e9)
+def test_a_short_probe_of_the_drive_is_steadied_by_recent_runs() -> None:
+    now = time.time()
+
+    def likely(probe: float, *runs: tuple[float, float]) -> float:
+        seen = [Sample(model="x", weight_bytes_s=1e9, drive_bytes_s=v, at=t) for v, t in runs]
+        return speeds(seen, HERE, "m", None, around(probe, 0.2, "measured")).drive_bytes_s.likely
+
+    assert likely(1e9) == pytest.approx(1e9)
+    assert likely(1e9, (2e9, now)) == pytest.approx(1.5e9)
+    assert likely(1e9, (9e9, now), (2e9, now), (1.8e9, now)) == pytest.approx(1.8e9)
+    assert likely(1e9, (2e9, now - 3600)) == pytest.approx(1e9)  # too long ago
+    assert likely(1e8, (2e9, now), (2e9, now)) == pytest.approx(1e8)  # another drive by now
 
 
 def test_a_sample_by_hand() -> None:
@@ -147,7 +154,6 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
         sizes=SimpleNamespace(threads=2, expert_format="int4", dense_format="int8"),
         footprint=SimpleNamespace(chunk=64),
         lookahead=SimpleNamespace(guessed=4000, recall=0.75),
-        drive=DriveSpeed(direct=True, depth=4, bytes_s=1e9, page_cache_bytes_s=1e10),
         store=SimpleNamespace(direct=True),
         stats=lambda: CacheStats(bytes_read=int(spent.clock * 1e9), read_s=spent.clock / 2),
         part_seconds=lambda: {"experts": spent.parts},
@@ -161,7 +167,8 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
 
     monkeypatch.setattr(meter, "work_of", work_of)
     monkeypatch.setattr(meter, "this_machine", lambda *_: HERE)
-    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: spent.clock))
+    clocks = SimpleNamespace(perf_counter=lambda: spent.clock, time=lambda: 77.0)
+    monkeypatch.setattr(meter, "time", clocks)
     watch = Meter(model, "print", tmp_path)
     spent.clock, spent.parts = 5.0, 4.0
     watch.first_token()
@@ -173,7 +180,7 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
     assert found.model == "print"
     assert found.prefill_macs_s == pytest.approx(64 * 6e9 / 4.0)
     assert found.recall == 0.75
-    assert found.drive_share == pytest.approx(2.0)
+    assert (found.drive_bytes_s, found.at) == (pytest.approx(2e9), 77.0)
     assert found.weight_bytes_s == pytest.approx(20 * 3e9 / 1.0)
     assert positions == [110]
     Meter(model, "print", tmp_path).done(100, 64, 20)  # no token came
