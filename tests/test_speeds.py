@@ -13,6 +13,7 @@ import pytest
 from moelite import meter
 from moelite import speeds as module
 from moelite.cache.stats import CacheStats
+from moelite.drive import DriveSpeed
 from moelite.forecast import LAYER_S, Work, around
 from moelite.meter import Meter
 from moelite.speeds import (
@@ -117,7 +118,9 @@ def test_a_short_probe_of_the_drive_is_steadied_by_recent_runs() -> None:
 
     def likely(probe: float, *runs: tuple[float, float]) -> float:
         seen = [Sample(model="x", weight_bytes_s=1e9, drive_bytes_s=v, at=t) for v, t in runs]
-        return speeds(seen, HERE, "m", None, around(probe, 0.2, "measured")).drive_bytes_s.likely
+        memory = around(1e10, 0.4, "estimated")
+        found = speeds(seen, HERE, "m", memory, around(probe, 0.2, "measured"))
+        return found.drive_bytes_s.likely
 
     assert likely(1e9) == pytest.approx(1e9)
     assert likely(1e9, (2e9, now)) == pytest.approx(1.5e9)
@@ -210,7 +213,11 @@ def test_what_the_page_cache_holds_is_read_from_it(monkeypatch, tmp_path) -> Non
 
 
 def test_an_unknown_drive_is_an_assumption(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(module, "noted_speed", lambda path, size: None)
     assert drive_rate(None, 4096, cacheable=True) == around(1e9, 0.5, "estimated")
+    noted = DriveSpeed(direct=True, depth=4, bytes_s=3e9, page_cache_bytes_s=1e10)
+    monkeypatch.setattr(module, "noted_speed", lambda path, size: noted)
+    assert drive_rate(None, 4096, cacheable=True) == around(3e9, 0.5, "estimated")
 
     def broken(path: object, size: int) -> DriveSpeed:
         raise OSError("no such drive")
