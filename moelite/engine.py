@@ -22,7 +22,7 @@ from moelite.errors import CheckpointError, UsageError
 from moelite.forecast import Forecast, Hits
 from moelite.kv import KVCache
 from moelite.lookahead import Choice, Lookahead
-from moelite.machine import allocate, memory
+from moelite.machine import Populate, allocate, memory
 from moelite.meter import Meter
 from moelite.model import Decoder, OnRoute
 from moelite.models import build
@@ -89,8 +89,10 @@ class Model:
         if "tokenizer.json" in store.manifest.files:
             self._tokenizer = Tokenizer.from_files(store.sidecars())
         self.team = Team(footprint.threads, (len(arch.layers) + 2) * LAYER_PHASES)
+        arena = allocate_arena(footprint.slots, footprint.record_bytes)
+        self._populate = Populate(arena)
         self.experts = ExpertCache(
-            arena=allocate_arena(footprint.slots, footprint.record_bytes),
+            arena=arena,
             record_bytes=footprint.record_bytes,
             quotas=quotas(arch, footprint.slots),
             read=store.load_record,
@@ -242,6 +244,7 @@ class Model:
 
     def close(self) -> None:
         """Ends threads and files, and gives the memory back."""
+        self._populate.close()
         self.experts.close()
         self.team.close()
         self.store.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
-from moelite.machine import memory
+from moelite.machine import Populate, allocate, memory
+from moelite.process import rss_bytes
 
 
 def groups(root: Path, files: dict[str, str]) -> None:
@@ -60,3 +62,19 @@ def test_a_group_above_the_machine_does_not_count(root: Path, tmp_path: Path) ->
     (tmp_path / "own").write_text("0::/\n")
     groups(root, {"memory.max": str(1 << 60)})
     assert memory(root, tmp_path / "own").kind == "physical"
+
+
+def test_a_block_gets_its_memory_and_keeps_its_bytes() -> None:
+    block = allocate(40 << 20)
+    block[5], block[-1] = 7, 9
+    before = rss_bytes()
+    filling = Populate(block)
+    filling._thread.join()
+    assert (block[5], block[-1], int(block.sum())) == (7, 9, 16)
+    if sys.platform.startswith("linux"):
+        assert rss_bytes() - before > 30 << 20
+    filling.close()
+
+
+def test_a_block_may_be_let_go_of_at_once() -> None:
+    Populate(allocate(1 << 30)).close()
