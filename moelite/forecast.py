@@ -63,7 +63,7 @@ class Speeds:
     """What this machine does a second, and seconds to handle one miss besides reading it.
 
     recall: share of the experts that lookahead guesses; None where there is none. touch_bytes_s:
-    memory that is used for the first time.
+    memory that is used for the first time, but for touched_bytes that loading a model sees to.
     """
 
     weight_bytes_s: Rate
@@ -72,6 +72,7 @@ class Speeds:
     miss_s: float
     recall: Rate | None = None
     touch_bytes_s: float = inf
+    touched_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +270,7 @@ def prefill_seconds(work: Work, setting: Setting, tokens: int, speeds: Speeds, s
     """
     weights, macs = speeds.weight_bytes_s.at(side), speeds.prefill_macs_s.at(side)
     read_s = work.record_bytes / speeds.drive_bytes_s.at(side)
-    kept, total = [0.0] * len(work.moe), 0.0
+    kept, total, ready = [0.0] * len(work.moe), 0.0, float(speeds.touched_bytes)
     for start in range(0, tokens, setting.chunk):
         size = min(setting.chunk, tokens - start)
         total += max(size * work.dense_macs / macs, work.dense_bytes / weights)
@@ -279,7 +280,9 @@ def prefill_seconds(work: Work, setting: Setting, tokens: int, speeds: Speeds, s
             missed = used * (1 - kept[i] / experts)
             computing = max(size * k * work.expert_macs / macs, used * work.expert_bytes / weights)
             now = min(quota, kept[i] + missed)
-            touching = (now - kept[i]) * work.record_bytes / speeds.touch_bytes_s
+            fresh = (now - kept[i]) * work.record_bytes
+            touching = max(0.0, fresh - ready) / speeds.touch_bytes_s
+            ready = max(0.0, ready - fresh)
             total += max(computing + missed * speeds.miss_s, missed * read_s, touching)
             kept[i] = now
     return total

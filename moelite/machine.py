@@ -97,6 +97,9 @@ def allocate(nbytes: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(block, np.uint8, nbytes)
 
 
+POPULATED_BYTES = 1 << 31
+
+
 class Populate:
     """Gives the first 2 GiB of a block their memory while other things are done: a thread that runs
     until it is through or closed. What the block holds stays as it is.
@@ -106,7 +109,7 @@ class Populate:
     """
 
     _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; the mmap module lacks it
-    _PIECE, _MOST = 1 << 24, 1 << 31
+    _PIECE = 1 << 24
 
     def __init__(self, block: npt.NDArray[np.uint8]) -> None:
         self._block, self._closing = block, False
@@ -124,7 +127,7 @@ class Populate:
         # ctypes lets go of the interpreter for the call, which the mmap module does not
         madvise = ctypes.CDLL(None, use_errno=True).madvise
         madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        start, size = self._block.ctypes.data, min(self._block.size, self._MOST)
+        start, size = self._block.ctypes.data, min(self._block.size, POPULATED_BYTES)
         for at in range(0, size, self._PIECE):
             piece = min(self._PIECE, size - at)
             if self._closing or madvise(start + at, piece, self._POPULATE_WRITE):

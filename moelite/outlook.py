@@ -24,7 +24,7 @@ from moelite.forecast import (
 )
 from moelite.hitrates import prior
 from moelite.kv import kv_bytes
-from moelite.machine import memory
+from moelite.machine import POPULATED_BYTES, memory
 from moelite.quant import FORMATS
 from moelite.speeds import (
     drive_rate,
@@ -121,6 +121,7 @@ def speeds_here(
         found_here,
         recall=found_here.recall if lookahead else None,
         touch_bytes_s=probe_touch(sizes.threads),
+        touched_bytes=POPULATED_BYTES,
     )
 
 

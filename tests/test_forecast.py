@@ -68,6 +68,8 @@ def test_memory_used_for_the_first_time_delays_a_prompt() -> None:
     before = prefill_seconds(WORK, at(2, 2), 4, SPEEDS, "likely")
     slow = replace(SPEEDS, touch_bytes_s=1e8)
     assert prefill_seconds(WORK, at(2, 2), 4, slow, "likely") - before == pytest.approx(0.010)
+    ready = replace(slow, touched_bytes=2_000_000)  # the first layer's
+    assert prefill_seconds(WORK, at(2, 2), 4, ready, "likely") - before == pytest.approx(0.005)
 
 
 def at(*quotas: int, chunk: int = 8) -> Setting:
