@@ -38,7 +38,7 @@ def test_answers_with_a_stats_line_and_leaves(isolated: Path) -> None:
     child.expect(READY)
     child.send("hello\r")
     child.expect("You said: hello\r\n")
-    child.expect(r"\d+ tok · .* tok/s · first .* s · hit 90 % · ctx \d+/4,096")
+    child.expect(r"\d+ tok · .* tok/s \(forecast .*\) · first .* s · hit 90 % · ctx \d+/4,096")
     child.expect(READY)
     child.send(CTRL_D)
     child.expect(pexpect.EOF)
