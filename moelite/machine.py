@@ -104,8 +104,8 @@ class Populate:
     """Gives the first 2 GiB of a block their memory while other things are done: a thread that runs
     until it is through or closed. What the block holds stays as it is.
 
-    Memory that is used for the first time is cleared by the system, page by page: 0.1 seconds a
-    GiB on a plain machine, 2 in some virtual ones (docs/LOG.md), else paid while a prompt waits.
+    Memory that is used for the first time is cleared by the system, page by page: two seconds a GiB
+    in a virtual machine (docs/LOG.md), else paid while a prompt waits.
     """
 
     _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, Linux 5.14; the mmap module lacks it
