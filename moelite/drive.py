@@ -18,6 +18,7 @@ from pathlib import Path
 
 from moelite.machine import allocate
 from moelite.notes import read_notes, write_notes
+from moelite.quant.base import U8
 from moelite.tensorfile import pread_into
 
 DEPTHS = (2, 4, 8)  # reads in flight; one alone leaves the drive idle while its bytes are checked
@@ -140,9 +141,7 @@ class _Trial:
             raise OSError(f"{files[0]} is too small to measure a drive with")
         self._record = max(PAGE, min(record_bytes, size, _LARGE) // PAGE * PAGE)
         self._places = max(1, size // self._record)
-        self._blocks = [allocate(self._record) for _ in range(max(DEPTHS))]
-        for block in self._blocks:
-            block[:] = 0
+        self._blocks: list[U8] = []
 
     def choose(self) -> DriveSpeed:
         """Tries the depths in turn, twice, then the page cache."""
@@ -188,6 +187,9 @@ class _Trial:
         # Bytes a second that arrive in a window of `seconds`. It begins when reads are under way
         # and ends while they still are: short trials would else count idle ends. A drive
         # too slow for that is timed from its first read to its last.
+        while len(self._blocks) < depth:  # no more than it takes: a model may hold its whole budget
+            self._blocks.append(allocate(self._record))
+            self._blocks[-1][:] = 0
         fds = [open_for_reading(file, direct=direct) for file in self._files]
         failed: list[OSError] = []
         try:

@@ -18,7 +18,7 @@ from moelite.budget import Footprint, Sizes, plan, quotas, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.cache.trace import I32, check_routes
 from moelite.drive import DriveSpeed, drive_speed, speed_now
-from moelite.errors import CheckpointError, UsageError
+from moelite.errors import CheckpointError, StoreError, UsageError
 from moelite.forecast import Forecast, Hits
 from moelite.kv import KVCache
 from moelite.lookahead import Choice, Lookahead
@@ -295,7 +295,12 @@ def _choose_reads(store: Store, footprint: Footprint, reads: Reads) -> DriveSpee
             f"reads {reads!r} is not known", fix=f"one of {', '.join(get_args(Reads))}"
         )
     whole = footprint.experts_resident >= footprint.experts_total
-    drive = None if whole else drive_speed(store.path, footprint.record_bytes)
+    try:
+        drive = None if whole else drive_speed(store.path, footprint.record_bytes)
+    except OSError as problem:
+        raise StoreError(
+            f"{store.path} cannot be read: {problem.strerror or problem}", fix="check the disk"
+        ) from problem
     spare = memory().available_bytes - footprint.used_bytes
     kept = spare >= footprint.experts_bytes  # by the page cache, once read
     store.direct = reads == "direct" or (

@@ -15,7 +15,7 @@ import pytest
 import tiny_checkpoint
 
 import moelite
-from moelite import tensorfile
+from moelite import engine, tensorfile
 from moelite.errors import StoreError
 from moelite.store import Store
 
@@ -106,6 +106,16 @@ def test_a_read_error_is_told_and_the_model_goes_on_afterwards(
         with pytest.raises(StoreError, match=r"layer . expert .*Input/output error"):
             decode(model)
     np.testing.assert_array_equal(decode(model), want)
+
+
+def test_a_drive_that_fails_the_probe_is_told(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, record_bytes: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(engine, "drive_speed", fail)
+    plan = moelite.footprint(store, ram="1GiB", context=64)
+    with pytest.raises(StoreError, match="cannot be read: Input/output error"):
+        moelite.load(store, ram=plan.minimum_bytes, context=64)
 
 
 def test_short_reads_are_made_whole(model: moelite.Model, monkeypatch: pytest.MonkeyPatch) -> None:
