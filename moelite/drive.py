@@ -193,14 +193,13 @@ class _Trial:
         fds = [open_for_reading(file, direct=direct) for file in self._files]
         failed: list[OSError] = []
         try:
-            if not direct:
-                for fd in fds:
-                    let_go(fd)
             counts: list[list[int]] = [[0, 0] for _ in range(depth)]  # in the window, in all
             begun = time.perf_counter()
             window = begun + min(_AHEAD_S, seconds), begun + min(_AHEAD_S, seconds) + seconds
             team = [
-                threading.Thread(target=self._read, args=(fds, block.data, window, done, failed))
+                threading.Thread(
+                    target=self._read, args=(fds, block.data, window, done, failed, direct)
+                )
                 for block, done in zip(self._blocks, counts, strict=False)
             ]
             for thread in team:
@@ -223,11 +222,15 @@ class _Trial:
         window: tuple[float, float],
         done: list[int],
         failed: list[OSError],
+        direct: bool,
     ) -> None:
         try:
             while True:
                 place = self._random.randrange(self._places) * self._record
-                count = pread_into(self._random.choice(fds), view, place)
+                fd = self._random.choice(fds)
+                if not direct:  # a small store would soon be read from memory
+                    let_go(fd, place, self._record)
+                count = pread_into(fd, view, place)
                 now = time.perf_counter()
                 done[1] += count
                 if window[0] <= now < window[1]:

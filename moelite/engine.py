@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, get_args
@@ -179,7 +180,8 @@ class Model:
         because all experts fit in memory or the page cache."""
         if self.drive is None or not self.store.direct:
             return None
-        return speed_now(self.store.path, self.footprint.record_bytes, self.drive)
+        drive = replace(self.drive, direct=True)  # also where --reads overruled the probe
+        return speed_now(self.store.path, self.footprint.record_bytes, drive)
 
     def part_seconds(self) -> dict[str, float]:
         """Seconds of computing since the model was loaded, by part of a layer; see moelite.step."""
