@@ -112,9 +112,9 @@ def budget_shares(paths: list[Path], ram: str | None, **settings: Any) -> list[i
 
     Raises BudgetError naming the whole --ram that would do.
     """
-    from moelite.engine import footprint
     from moelite.evaluate import scoring_bytes
     from moelite.machine import memory
+    from moelite.sizing import footprint
     from moelite.store import Store
 
     machine = memory()

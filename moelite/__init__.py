@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from moelite import quant
     from moelite.budget import Footprint
     from moelite.convert import quantize
-    from moelite.engine import Model, footprint, load
+    from moelite.engine import Model, load
     from moelite.generate import Completion, SamplingOptions
     from moelite.session import Session
+    from moelite.sizing import footprint
 
     __version__: str
 
@@ -66,7 +67,7 @@ _LAZY = {
     "Model": "moelite.engine",
     "SamplingOptions": "moelite.generate",
     "Session": "moelite.session",
-    "footprint": "moelite.engine",
+    "footprint": "moelite.sizing",
     "load": "moelite.engine",
     "quantize": "moelite.convert",
 }

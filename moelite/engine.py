@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -30,14 +29,13 @@ from moelite.models import build
 from moelite.outlook import PROMPT_TOKENS, outlook, speeds_here, usual_hits
 from moelite.quant.base import ALIGN, F32, U8, pad
 from moelite.session import Session
+from moelite.sizing import budget_of, context_of, threads_of
 from moelite.step import LAYER_PHASES
 from moelite.store import Store
-from moelite.threads import Team, default_threads
+from moelite.threads import Team
 from moelite.tokenizer import Tokenizer
-from moelite.units import parse_bytes
 from moelite.workspace import Workspace
 
-DEFAULT_CONTEXT = 4096
 READERS = 4  # threads that read experts where the drive was not asked
 Reads = Literal["auto", "direct", "page-cache"]
 
@@ -263,33 +261,6 @@ class Model:
         self.close()
 
 
-def _context(arch: Arch, context: int | None) -> int:
-    if context is None:
-        return min(DEFAULT_CONTEXT, arch.max_positions)
-    if not 1 <= context <= arch.max_positions:
-        raise UsageError(
-            f"context {context} is not in 1..{arch.max_positions}, the positions this model knows"
-        )
-    return context
-
-
-def budget_of(ram: str | int | None) -> int:
-    """Bytes named by `ram`; without it, four fifths of what is free now."""
-    machine = memory()
-    if ram is None:
-        return machine.available_bytes * 4 // 5
-    return parse_bytes(ram, total=machine.limit_bytes)
-
-
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        return default_threads()
-    most = 4 * (os.cpu_count() or 1)
-    if not 1 <= threads <= most:
-        raise UsageError(f"threads {threads} is not in 1..{most}")
-    return threads
-
-
 def _choose_reads(store: Store, footprint: Footprint, reads: Reads) -> DriveSpeed | None:
     """Sets store.direct; what the drive gives, where it will be read from all the time."""
     if reads not in get_args(Reads):
@@ -341,9 +312,9 @@ def load(  # noqa: PLR0913 - one for each choice a user has
             expert_format=store.expert_format,
             dense_format=store.dense_format,
             tokenizer_bytes=len(store.sidecars().get("tokenizer.json", b"")),
-            context=_context(arch, context),
+            context=context_of(arch, context),
             kv=kv,
-            threads=_threads(threads),
+            threads=threads_of(threads),
         )
         footprint = plan(sizes, budget_of(ram), chunk)
         if not footprint.fits:
@@ -355,49 +326,3 @@ def load(  # noqa: PLR0913 - one for each choice a user has
     except BaseException:
         store.close()
         raise
-
-
-def footprint(
-    path: str | Path,
-    *,
-    ram: str | int | None = None,
-    context: int | None = None,
-    kv: KVFormat = "f16",
-    threads: int | None = None,
-    experts: str = "int4",
-    dense: str = "int8",
-) -> Footprint:
-    """What the model at `path` takes, from headers alone; see Footprint.
-
-    path: a store, or a checkpoint folder, hub id or "smollm2-moe", as if quantized to `experts` and
-    `dense` (a store keeps its own formats).
-    """
-    asked = Settings(context=context, kv=kv, threads=threads, experts=experts, dense=dense)
-    return plan(sizes_of(path, asked), budget_of(ram))
-
-
-class Settings(NamedTuple):
-    """How a model is to be run; the formats are for what is not yet a store."""
-
-    context: int | None = None
-    kv: KVFormat = "f16"
-    threads: int | None = None
-    experts: str = "int4"
-    dense: str = "int8"
-
-
-def sizes_of(path: str | Path, settings: Settings) -> Sizes:
-    """What a budget is planned for, from headers alone."""
-    from moelite.convert import read_config
-
-    config, formats, tokenizer_bytes = read_config(path, settings.experts, settings.dense)
-    arch = build(config)
-    return Sizes(
-        arch=arch,
-        expert_format=formats[0],
-        dense_format=formats[1],
-        tokenizer_bytes=tokenizer_bytes,
-        context=_context(arch, settings.context),
-        kv=settings.kv,
-        threads=_threads(settings.threads),
-    )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from moelite.attention import KVFormat
 from moelite.budget import Footprint, plan
-from moelite.engine import Settings, budget_of, sizes_of
 from moelite.forecast import Forecast, Hits
 from moelite.outlook import outlook, speeds_here, usual_hits, work_of
+from moelite.sizing import Settings, budget_of, sizes_of
 from moelite.storefile import MANIFEST
 
 

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from moelite.attention import KVFormat
-from moelite.engine import Model, footprint, load
+from moelite.engine import Model, load
 from moelite.errors import StoreError, UsageError
 from moelite.machine import memory
 from moelite.quant.base import F32
+from moelite.sizing import footprint
 from moelite.store import Store
 from moelite.units import parse_bytes, show_bytes
 

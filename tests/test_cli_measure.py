@@ -14,7 +14,7 @@ import typer
 from fakes import FakeMeter, fake_forecast
 from typer.testing import CliRunner
 
-from moelite import engine, store
+from moelite import engine, sizing, store
 from moelite.cache.stats import CacheStats
 from moelite.cli import bench as bench_command
 from moelite.cli import common
@@ -113,7 +113,7 @@ def world(monkeypatch, tmp_path):
         return FakeModel(name, 0.0 if name == "good" else 2.0, seen.tokens[name])
 
     monkeypatch.setattr(engine, "load", load)
-    monkeypatch.setattr(engine, "footprint", lambda path, **_: SimpleNamespace(minimum_bytes=NEED))
+    monkeypatch.setattr(sizing, "footprint", lambda path, **_: SimpleNamespace(minimum_bytes=NEED))
     opened = SimpleNamespace(config={"vocab_size": V}, close=lambda: None)
     monkeypatch.setattr(store.Store, "open", lambda path: opened)
     monkeypatch.setattr(eval_command, "find_store", lambda name, **_: Path(name))

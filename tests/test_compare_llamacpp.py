@@ -15,8 +15,8 @@ import synthetic
 from test_synthetic import small
 
 import moelite
-from moelite.engine import footprint
 from moelite.errors import MoeliteError, UsageError
+from moelite.sizing import footprint
 
 # What llamacpp_worker uses of llama-cpp-python. It writes down what it is asked to compute, and
 # prints as native libraries do.

@@ -15,7 +15,7 @@ CODE = ("moelite", "quant", "cache", "cli")
 LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
-    {"engine", "convert", "demo", "demo_files", "bench", "verify", "foresee"},
+    {"engine", "sizing", "convert", "demo", "demo_files", "bench", "verify", "foresee"},
     {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {"inventory", "packing", "lookahead", "expertjobs"},
