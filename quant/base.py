@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from moelite.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from moelite.quant.curvature import Curvature
 
 F32 = npt.NDArray[np.float32]
 U8 = npt.NDArray[np.uint8]
@@ -106,11 +109,22 @@ class QuantFormat(Protocol):
         """Exact size of a packed [rows, cols] matrix, scales and padding included."""
         ...
 
-    def pack(self, weight: F32) -> U8:
-        """weight [O, I] float32 -> [nbytes(O, I)] uint8. Raises QuantizationError on NaN or inf."""
+    def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
+        """weight [O, I] float32 -> [nbytes(O, I)] uint8. Raises QuantizationError on NaN or inf.
+
+        curve: what calibration knows of the inputs; formats that have no use for it ignore it.
+        """
         ...
 
-    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+    def pack_rows(
+        self,
+        packed: U8,
+        rows: int,
+        cols: int,
+        start: int,
+        weight: F32,
+        curve: Curvature | None = None,
+    ) -> None:
         """Packs weight [n, I] as rows start..start+n of the [rows, cols] matrix in `packed`.
 
         start is a multiple of TILE_ROWS; n is too, unless it reaches the last row. Packing a matrix
@@ -166,6 +180,21 @@ class TileLayout:
             )
 
 
+class Tiled:
+    """What formats of tiles share; `layout` says what their tiles are."""
+
+    layout: TileLayout
+
+    def tile_bytes(self, cols: int) -> int:
+        return self.layout.tile_bytes(cols)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        return self.layout.nbytes(rows, cols)
+
+    def pack(self: Any, weight: F32, curve: Curvature | None = None) -> U8:
+        return pack_whole(self, check_weight(self.name, weight), curve)
+
+
 def empty_packed(fmt: QuantFormat, rows: int, cols: int) -> U8:
     """Zeroed uint8 [nbytes] to pack into, starting on a cache line."""
     size = fmt.nbytes(rows, cols)
@@ -174,11 +203,11 @@ def empty_packed(fmt: QuantFormat, rows: int, cols: int) -> U8:
     return raw[skip : skip + size]
 
 
-def pack_whole(fmt: QuantFormat, weight: F32) -> U8:
+def pack_whole(fmt: QuantFormat, weight: F32, curve: Curvature | None = None) -> U8:
     """`pack` by way of `pack_rows`."""
     rows, cols = weight.shape
     packed = empty_packed(fmt, rows, cols)
-    fmt.pack_rows(packed, rows, cols, 0, weight)
+    fmt.pack_rows(packed, rows, cols, 0, weight, curve)
     return packed
 
 

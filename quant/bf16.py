@@ -11,6 +11,7 @@ import numpy as np
 
 from moelite.jit import inner
 from moelite.quant.base import F32, TILE_ROWS, U8, check_packed, check_weight, pack_whole
+from moelite.quant.curvature import Curvature
 from moelite.quant.floats import make_multiply
 from moelite.simd import (
     load_bf16,
@@ -39,10 +40,18 @@ class BFloat16:
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * 2
 
-    def pack(self, weight: F32) -> U8:
-        return pack_whole(self, check_weight(self.name, weight))
+    def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
+        return pack_whole(self, check_weight(self.name, weight), curve)
 
-    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+    def pack_rows(
+        self,
+        packed: U8,
+        rows: int,
+        cols: int,
+        start: int,
+        weight: F32,
+        curve: Curvature | None = None,
+    ) -> None:
         bits = check_weight(self.name, weight).view(np.uint32)
         odd = (bits >> 16) & 1  # ties go to the even neighbour
         rounded = ((bits + (np.uint32(0x7FFF) + odd)) >> 16).astype(np.uint16)

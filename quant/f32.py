@@ -9,6 +9,7 @@ import numpy as np
 
 from moelite.jit import inner
 from moelite.quant.base import F32, TILE_ROWS, U8, check_packed, check_weight, pack_whole
+from moelite.quant.curvature import Curvature
 from moelite.quant.floats import make_multiply
 from moelite.simd import (
     load_f32,
@@ -36,10 +37,18 @@ class Float32:
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * 4
 
-    def pack(self, weight: F32) -> U8:
-        return pack_whole(self, check_weight(self.name, weight))
+    def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
+        return pack_whole(self, check_weight(self.name, weight), curve)
 
-    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+    def pack_rows(
+        self,
+        packed: U8,
+        rows: int,
+        cols: int,
+        start: int,
+        weight: F32,
+        curve: Curvature | None = None,
+    ) -> None:
         weight = check_weight(self.name, weight)
         packed.view(np.float32).reshape(rows, cols)[start : start + len(weight)] = weight
 

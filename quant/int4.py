@@ -31,11 +31,12 @@ from moelite.quant.base import (
     GROUP,
     TILE_ROWS,
     U8,
+    Tiled,
     check_packed,
     check_weight,
-    pack_whole,
     pad,
 )
+from moelite.quant.curvature import Curvature
 from moelite.quant.int4_pack import HEAD, LAYOUT, encode_rows
 from moelite.quant.tiles import MANY, ask, make_block, make_many
 from moelite.simd import (
@@ -161,22 +162,22 @@ def row(matrix, r, out):
         out[c] = np.float32(entry) * np.float32(scale) * row_scales[lane]
 
 
-class Int4:
+class Int4(Tiled):
     name = "int4"
+    layout = LAYOUT
     planes = 1
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 
-    def tile_bytes(self, cols: int) -> int:
-        return LAYOUT.tile_bytes(cols)
-
-    def nbytes(self, rows: int, cols: int) -> int:
-        return LAYOUT.nbytes(rows, cols)
-
-    def pack(self, weight: F32) -> U8:
-        return pack_whole(self, check_weight(self.name, weight))
-
-    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+    def pack_rows(
+        self,
+        packed: U8,
+        rows: int,
+        cols: int,
+        start: int,
+        weight: F32,
+        curve: Curvature | None = None,
+    ) -> None:
         encode_rows(packed, rows, cols, start, check_weight(self.name, weight))
 
     def unpack(self, packed: U8, rows: int, cols: int) -> F32:

@@ -26,12 +26,13 @@ from moelite.quant.base import (
     GROUP,
     TILE_ROWS,
     U8,
+    Tiled,
     TileLayout,
     check_packed,
     check_weight,
-    pack_whole,
     pad,
 )
+from moelite.quant.curvature import Curvature
 from moelite.quant.tiles import MANY, ask, make_fine_block, make_many
 from moelite.simd import (
     Narrow,
@@ -142,22 +143,22 @@ def row(matrix, r, out):
         out[c] = np.float32(np.int8(packed[at])) * scales[lane]
 
 
-class Int8:
+class Int8(Tiled):
     name = "int8"
+    layout = LAYOUT
     planes = 2
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 
-    def tile_bytes(self, cols: int) -> int:
-        return LAYOUT.tile_bytes(cols)
-
-    def nbytes(self, rows: int, cols: int) -> int:
-        return LAYOUT.nbytes(rows, cols)
-
-    def pack(self, weight: F32) -> U8:
-        return pack_whole(self, check_weight(self.name, weight))
-
-    def pack_rows(self, packed: U8, rows: int, cols: int, start: int, weight: F32) -> None:
+    def pack_rows(
+        self,
+        packed: U8,
+        rows: int,
+        cols: int,
+        start: int,
+        weight: F32,
+        curve: Curvature | None = None,
+    ) -> None:
         weight = check_weight(self.name, weight)
         n, blocks = pad(len(weight), TILE_ROWS), pad(cols, BLOCK) // BLOCK
         flat = np.zeros((n, blocks * BLOCK), np.float32)
