@@ -1,7 +1,9 @@
-"""The expert cache: one arena of equal slots, records read straight into them on threads.
+"""The expert cache: one arena of slots, records read straight into them on threads.
 
-The policy (`lru.py`) decides hits, misses and who stays before the first read starts, so counts do
-not depend on which read lands first, nor on what was read ahead. A slot is in one of five places:
+Layers whose records differ in size have slots of their own size; a slot serves all layers of its
+size. The policy (`lru.py`) decides hits, misses and who stays before the first read starts, so
+counts do not depend on which read lands first, nor on what was read ahead. A slot, named by the
+page of the arena where it begins, is in one of five places:
 free, resident, being read, read ahead, or handed out and to be freed once the caller has multiplied
 by it.
 """
@@ -9,8 +11,9 @@ by it.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -20,27 +23,27 @@ from moelite.cache.reads import Read, Reading, ReadPool
 from moelite.cache.stats import CacheStats
 from moelite.errors import StoreError
 from moelite.machine import allocate
-from moelite.quant.base import U8
+from moelite.quant.base import PAGE, U8
 from moelite.store import ExpertKey
 
 I32 = npt.NDArray[np.int32]
 
 
-def allocate_arena(slots: int, record_bytes: int) -> U8:
-    """[slots * record_bytes] uint8, as moelite.machine.allocate gives it."""
-    if slots < 1 or record_bytes < 1:
-        raise ValueError(f"an arena of {slots} slots of {record_bytes} bytes is empty")
-    return allocate(slots * record_bytes)
+def allocate_arena(slots: Mapping[int, int]) -> U8:
+    """Memory for {bytes of a slot: how many}, as moelite.machine.allocate gives it."""
+    if not all(size > 0 and size % PAGE == 0 and count > 0 for size, count in slots.items()):
+        raise ValueError(f"no arena holds slots {dict(slots)}: whole pages, at least one each")
+    return allocate(sum(size * count for size, count in slots.items()))
 
 
 class ExpertCache:
     """Routed experts of all layers in one arena.
 
-    arena: [slots * record_bytes] uint8.
-    quotas: {layer: experts kept}; a layer not named keeps none.
-    Slots beyond the sum of the quotas float: misses are read into them first, and what is read
-    ahead. At least one must.
-    read: fills a view of record_bytes bytes; called on `readers` threads.
+    slots: {bytes of a slot, whole pages: how many}; arena uint8 holds them one after another.
+    sizes: {layer: bytes of a slot of its experts}. quotas: {layer: experts kept}; a layer not named
+    keeps none. Slots of a size beyond the sum of its layers' quotas float: misses are read into
+    them first, and what is read ahead. At least one must.
+    read: fills a slot and returns how many bytes it read; called on `readers` threads.
 
     One thread at a time may run `batches`, `prefetch` and `touch`.
     """
@@ -49,29 +52,37 @@ class ExpertCache:
         self,
         *,
         arena: U8,
-        record_bytes: int,
+        slots: Mapping[int, int],
+        sizes: Mapping[int, int],
         quotas: Mapping[int, int],
         read: Read,
         readers: int = 4,
     ) -> None:
-        slots = arena.size // record_bytes
-        if slots <= sum(quotas.values()):
-            raise ValueError(
-                f"{slots} slots hold no more than the quotas {sum(quotas.values())}: one must float"
-            )
+        for size, count in slots.items():
+            kept = sum(n for layer, n in quotas.items() if sizes[layer] == size)
+            if count <= kept:
+                raise ValueError(
+                    f"{count} slots of {size} bytes hold no more than the quotas {kept}:"
+                    " one must float"
+                )
         self.arena = arena
-        self.record_bytes = record_bytes
-        self.slots = slots
+        self.sizes = dict(sizes)
         self._lru = {layer: LayerLRU(quota) for layer, quota in quotas.items()}
         self._slot: dict[
             ExpertKey, int
         ] = {}  # of residents, and of evicted hits not yet multiplied
         self._tables: dict[int, I32] = {}
-        self._free = list(range(slots - 1, -1, -1))
+        self._free: dict[int, list[int]] = {}  # by size
+        begin = 0
+        for size, count in slots.items():
+            pages = range(begin, begin + count * size // PAGE, size // PAGE)
+            self._free[size] = list(reversed(pages))
+            begin = pages.stop
         self._waiting: deque[ExpertKey] = deque()  # needed now, no slot free yet
         self._reading: dict[ExpertKey, Reading] = {}  # needed now
         self._ahead: dict[ExpertKey, Reading] = {}  # perhaps needed by a layer to come
-        self._dropping = 0  # reads under way that nobody wants: their slots come back
+        # reads under way that nobody wants, by the size of their slots, which will come back
+        self._dropping: Counter[int] = Counter()
         self._pool = ReadPool(read, readers)
         self._running = False
         self.reset_stats()
@@ -82,6 +93,7 @@ class ExpertCache:
         return CacheStats(
             hits=self._hits,
             misses=self._misses,
+            low=self._low,
             bytes_read=self._bytes,
             wait_s=self._wait_s,
             read_s=self._pool.busy_s - self._busy_before,
@@ -92,7 +104,7 @@ class ExpertCache:
 
     def reset_stats(self) -> None:
         """Count from zero; what is resident stays."""
-        self._hits = self._misses = self._bytes = 0
+        self._hits = self._misses = self._low = self._bytes = 0
         self._useful = self._late = self._wasted = 0
         self._wait_s, self._busy_before = 0.0, self._pool.busy_s
 
@@ -101,7 +113,8 @@ class ExpertCache:
         return self._layer(layer).resident
 
     def slots_of(self, layer: int, experts: int) -> I32:
-        """[experts] int32: where each expert of a layer is, -1 if it is not; kept up to date."""
+        """[experts] int32: the page where each expert of a layer begins, -1 if it is not in memory;
+        kept up to date."""
         if layer not in self._tables:
             self._tables[layer] = np.full(experts, -1, np.int32)
         return self._tables[layer]
@@ -115,9 +128,38 @@ class ExpertCache:
         if self._ahead:
             self._drop(layer)
 
-    def slot_view(self, slot: int) -> U8:
-        """The [record_bytes] bytes of a slot."""
-        return self.arena[slot * self.record_bytes : (slot + 1) * self.record_bytes]
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """Counts experts as used, those not in memory in few bits, and begins to read the latter.
+
+        Nobody waits: what lands is taken in by `admit`. Reads that find no free slot are left out.
+        """
+        lru = self._layer(layer)
+        resident = [expert for expert in experts if expert in lru]
+        missing = [expert for expert in experts if expert not in lru]
+        lru.lookup(resident)
+        self._hits += len(resident)
+        self._misses += len(missing)
+        self._low += len(missing)
+        if lru.capacity:
+            self.prefetch(layer, missing)
+
+    def admit(self) -> None:
+        """Takes in what was read after `used`; the least recently used leave for it."""
+        self._take_landed()
+        for key in [key for key, reading in self._ahead.items() if reading.landed]:
+            reading = self._ahead.pop(key)
+            if reading.error is not None:
+                self._give(key, reading.slot)
+                self._fail(reading)
+            evicted = self._layer(key.layer).admit(key.expert)
+            if evicted is not None:
+                self._release([ExpertKey(key.layer, evicted)])
+            self._useful += 1
+            self._keep(reading)
+
+    def slot_view(self, layer: int, slot: int) -> U8:
+        """The bytes of a slot of a layer's size."""
+        return self.arena[slot * PAGE : slot * PAGE + self.sizes[layer]]
 
     def close(self) -> None:
         """Wait for running reads and end the threads. The arena stays the caller's."""
@@ -129,7 +171,7 @@ class ExpertCache:
         Only into slots that nothing needs now, so the last ones may be left out; one stays free.
         """
         for expert in experts:
-            if self._waiting or len(self._free) < 2:
+            if self._waiting or len(self._free[self.sizes[layer]]) < 2:
                 return
             key = ExpertKey(layer, expert)
             if key not in self._slot and key not in self._ahead and key not in self._reading:
@@ -189,12 +231,16 @@ class ExpertCache:
         for key in keys:
             slot = self._slot.pop(key, None)
             if slot is not None:
-                self._free.append(slot)
+                self._give(key, slot)
                 self._place(key, -1)
 
+    def _give(self, key: ExpertKey, slot: int) -> None:
+        # a slot that held `key` is free
+        self._free[self.sizes[key.layer]].append(slot)
+
     def _submit(self, key: ExpertKey, *, urgent: bool) -> Reading:
-        slot = self._free.pop()
-        reading = Reading(key, slot, self.slot_view(slot))
+        slot = self._free[self.sizes[key.layer]].pop()
+        reading = Reading(key, slot, self.slot_view(key.layer, slot))
         self._pool.submit(reading, urgent=urgent)
         return reading
 
@@ -212,7 +258,7 @@ class ExpertCache:
                 self._reading[key] = reading
                 self._pool.hurry(reading)
             elif reading.error is not None:  # read again: it is needed now
-                self._free.append(reading.slot)
+                self._give(key, reading.slot)
                 self._waiting.append(key)
             else:
                 self._useful += 1
@@ -226,20 +272,24 @@ class ExpertCache:
         for key in [key for key in self._ahead if layer is None or key.layer == layer]:
             reading = self._ahead.pop(key)
             if reading.landed or self._pool.cancel(reading):
-                self._free.append(reading.slot)
+                self._give(key, reading.slot)
                 self._wasted += reading.landed
             else:
                 reading.dropped = True
-                self._dropping += 1
+                self._dropping[self.sizes[key.layer]] += 1
                 self._wasted += 1
 
     def _start(self) -> None:
         # begins as many reads as there are free slots
-        if self._waiting and not self._free and not self._reading:
+        if not self._waiting:
+            return
+        size = self.sizes[self._waiting[0].layer]  # all that wait are of one layer
+        free = self._free[size]
+        if not free and not self._reading:
             self._drop()  # slots that guesses hold are needed
-            while not self._free and self._dropping:
+            while not free and self._dropping[size]:
                 self._take(self._pool.landed.get())
-        while self._waiting and self._free:
+        while self._waiting and free:
             key = self._waiting.popleft()
             self._reading[key] = self._submit(key, urgent=True)
 
@@ -266,24 +316,27 @@ class ExpertCache:
     def _take(self, reading: Reading) -> bool:
         # Whether a read that has landed was needed. StoreError if it was and failed.
         reading.landed, error = True, reading.error
-        self._bytes += self.record_bytes if error is None else 0
+        self._bytes += reading.nbytes
         if reading.dropped:
-            self._dropping -= 1
-            self._free.append(reading.slot)
+            self._dropping[self.sizes[reading.key.layer]] -= 1
+            self._give(reading.key, reading.slot)
             return False
         if self._reading.pop(reading.key, None) is None:
             return False  # read ahead: it stays where it is until it is needed or dropped
         if error is not None:
-            self._free.append(reading.slot)
-            if isinstance(error, StoreError):
-                raise error
-            key = reading.key
-            raise StoreError(
-                f"layer {key.layer} expert {key.expert} could not be read: {error!r}",
-                fix="check the disk, then `moelite verify` the store",
-            ) from error
+            self._give(reading.key, reading.slot)
+            self._fail(reading)
         self._keep(reading)
         return True
+
+    def _fail(self, reading: Reading) -> NoReturn:
+        if isinstance(reading.error, StoreError):
+            raise reading.error
+        key = reading.key
+        raise StoreError(
+            f"layer {key.layer} expert {key.expert} could not be read: {reading.error!r}",
+            fix="check the disk, then `moelite verify` the store",
+        ) from reading.error
 
     def _keep(self, reading: Reading) -> None:
         self._slot[reading.key] = reading.slot
@@ -294,7 +347,7 @@ class ExpertCache:
         for key, reading in list(self._reading.items()):
             if self._pool.cancel(reading):
                 del self._reading[key]
-                self._free.append(reading.slot)
+                self._give(key, reading.slot)
         arrived = []
         while self._reading:
             reading = self._pool.landed.get()

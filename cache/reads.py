@@ -12,17 +12,17 @@ from queue import SimpleQueue
 from moelite.quant.base import U8
 from moelite.store import ExpertKey
 
-Read = Callable[[ExpertKey, U8], None]
+Read = Callable[[ExpertKey, U8], int]  # returns the bytes it read
 
 
 class Reading:
     """One read of an expert into a slot. Its fields belong to the pool until it has landed."""
 
-    __slots__ = ("began", "dropped", "error", "key", "landed", "slot", "view")
+    __slots__ = ("began", "dropped", "error", "key", "landed", "nbytes", "slot", "view")
 
     def __init__(self, key: ExpertKey, slot: int, view: U8) -> None:
         self.key, self.slot, self.view = key, slot, view
-        self.began = False
+        self.began, self.nbytes = False, 0
         self.error: BaseException | None = None
         # the cache's own marks: its bytes are there; nobody wants them any more
         self.landed = self.dropped = False
@@ -97,7 +97,7 @@ class ReadPool:
             reading.began = True
             self._count(1)
             try:
-                self._read(reading.key, reading.view)
+                reading.nbytes = self._read(reading.key, reading.view)
             except BaseException as problem:  # noqa: BLE001 - told to who waits for it
                 reading.error = problem
             self._count(-1)

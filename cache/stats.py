@@ -14,12 +14,14 @@ class CacheStats:
     bytes_read: bytes that arrived in slots.
     wait_s: seconds the caller was blocked on a read; overlap with its own work is not counted.
     read_s: seconds in which at least one read was under way.
+    low: experts used in few bits because they were not in memory; misses, too.
     useful, late, wasted: reads ahead of need that had landed when they were needed, that were
     still under way, and that were not needed.
     """
 
     hits: int = 0
     misses: int = 0
+    low: int = 0
     bytes_read: int = 0
     wait_s: float = 0.0
     read_s: float = 0.0

@@ -19,6 +19,7 @@ from moelite.cli.common import (
     LookaheadOption,
     ModelArgument,
     OfflineOption,
+    OnMissOption,
     RamOption,
     ReadsOption,
     ThreadsOption,
@@ -46,6 +47,7 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     kv: KVOption = "f16",
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
+    on_miss: OnMissOption = "wait",
     seed: Annotated[int, typer.Option(help="Of the random prompt.")] = 0,
     route: Annotated[
         Path | None,
@@ -69,7 +71,7 @@ def bench(  # noqa: PLR0913 - one parameter for each option
 
     trace = None if route is None else read_trace(route)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
-    settings.update(reads=reads, lookahead=lookahead)
+    settings.update(reads=reads, lookahead=lookahead, on_miss=on_miss)
     with open_model(store, offline=offline, **settings) as model:
         folder = cache_folder()
         # random tokens: no published run of real text tells how they are routed
@@ -89,14 +91,16 @@ def bench(  # noqa: PLR0913 - one parameter for each option
 
 def store_facts(model: Model) -> dict[str, Any]:
     """What was measured: formats, bits per weight of an expert (with scales), budget, threads."""
-    layout = model.store.layout
-    weights = 3 * layout.hidden_size * layout.expert_size
+    layers = model.store.layers.values()
+    experts = sum(entry.experts for entry in layers)
+    shape = next(iter(layers)).tiers[0].down_shape
+    payload = sum(entry.payload_bytes for entry in layers)
     return {
         "store": str(model.store.path),
         "expert_format": model.store.expert_format,
         "dense_format": model.store.dense_format,
-        "expert_bpw": round(8 * layout.payload_bytes / weights, 4),
-        "record_bytes": layout.record_bytes,
+        "expert_bpw": round(8 * payload / (3 * shape[0] * shape[1] * experts), 4),
+        "record_bytes": sum(entry.record_bytes for entry in layers) // experts,
         "budget_bytes": model.footprint.budget_bytes,
         "experts_resident": model.footprint.experts_resident,
         "experts_total": model.footprint.experts_total,

@@ -13,6 +13,7 @@ from moelite.cli.common import (
     LookaheadOption,
     ModelArgument,
     OfflineOption,
+    OnMissOption,
     RamOption,
     ReadsOption,
     ThreadsOption,
@@ -33,6 +34,7 @@ def chat(  # noqa: PLR0913 - one parameter for each option
     kv: KVOption = "f16",
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
+    on_miss: OnMissOption = "wait",
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="A system prompt.", show_default=False)
     ] = "",
@@ -46,7 +48,7 @@ def chat(  # noqa: PLR0913 - one parameter for each option
     Answers stream; Ctrl-C stops one and keeps it; /help lists the commands.
     """
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
-    settings.update(reads=reads, lookahead=lookahead)
+    settings.update(reads=reads, lookahead=lookahead, on_miss=on_miss)
     with open_model(model, offline=offline, **settings) as loaded:
         converse(loaded, model or BUILTIN, system=system, keep_history=not no_history)
 

@@ -66,6 +66,22 @@ LookaheadOption = Annotated[
     Literal["auto", "on", "off"],
     typer.Option("--lookahead", help="Read ahead what the next layer will perhaps need."),
 ]
+OnMissOption = Annotated[
+    Literal["wait", "low"],
+    typer.Option(
+        "--on-miss",
+        help="Wait for an expert that is not in memory, or take its low plane (tokens change).",
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE|NAME",
+        help="Formats by kind, layer and expert, instead of --experts and --dense.",
+        show_default=False,
+    ),
+]
 OfflineOption = Annotated[
     bool, typer.Option("--offline", help="Use what is on this machine; never the network.")
 ]

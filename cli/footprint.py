@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from moelite.cli.bars import Segment, bar
-from moelite.cli.common import ContextOption, KVOption, RamOption, ThreadsOption, cache_folder
+from moelite.cli.common import (
+    ContextOption,
+    KVOption,
+    OnMissOption,
+    RamOption,
+    RecipeOption,
+    ThreadsOption,
+    cache_folder,
+)
 from moelite.cli.forecast import mib, show_forecast
 from moelite.errors import BudgetError
 from moelite.units import MIB, show_bytes
@@ -32,6 +40,7 @@ LOOK = {
     "dense weights": ("█", "d", "blue"),
     "kv": ("▓", "k", "magenta"),
     "workspace": ("▞", "w", "yellow"),
+    "low plane": ("▤", "l", "cyan"),
     "experts": ("■", "E", "green"),
     "free": ("·", ".", "bright_black"),
     "not resident": ("□", "e", "green"),
@@ -48,12 +57,15 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
     experts: Annotated[
-        Literal["int4", "int8", "bf16", "f32"],
-        typer.Option(help="As if its experts were quantized to this."),
-    ] = "int4",
+        str | None,
+        typer.Option(metavar="FORMAT", help="As if its experts were.", show_default="int4"),
+    ] = None,
     dense: Annotated[
-        Literal["int4", "int8", "bf16", "f32"], typer.Option(help="As if its other weights were.")
-    ] = "int8",
+        str | None,
+        typer.Option(metavar="FORMAT", help="As if its other weights were.", show_default="int8"),
+    ] = None,
+    recipe: RecipeOption = None,
+    on_miss: OnMissOption = "wait",
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -71,8 +83,8 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
     look at its memory and drive; how often an expert is in memory comes from published runs of such
     models, or from --trace.
 
-    --experts and --dense are for what is not yet a store: a store has its formats. Exit code 3 if
-    the model does not fit.
+    --experts, --dense and --recipe are for what is not yet a store: a store has its formats. Exit
+    code 3 if the model does not fit.
     """
     from moelite import foresee
 
@@ -81,7 +93,8 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
         from moelite.cli.recorded import recorded_hits
 
         settings["hits"] = recorded_hits(trace, foresee.experts_of(model))
-    found, forecast = foresee.foresee(model, ram=ram, experts=experts, dense=dense, **settings)
+    settings.update(experts=experts, dense=dense, recipe=recipe, low=on_miss == "low")
+    found, forecast = foresee.foresee(model, ram=ram, **settings)
     if as_json:
         facts = {**as_dict(model, found), "forecast": dataclasses.asdict(forecast)}
         print(json.dumps(facts, indent=2))
@@ -164,7 +177,7 @@ def advice(found: Footprint, *, sped_up: bool = False) -> list[str]:
     whole = found.used_bytes - _part(found, "experts") + found.experts_bytes
     if found.fits and found.experts_resident < found.experts_total and not sped_up:
         # the slots that hold no resident expert are needed beside a full set, too
-        whole += max(0, found.slots - found.experts_resident) * found.record_bytes
+        whole += _part(found, "experts") - found.resident_bytes
         if whole <= found.machine_bytes:
             lines.append(f"--ram {mib(whole)}: about what keeps every expert in memory")
     crowded = not found.fits or found.experts_resident < found.experts_total
@@ -188,14 +201,15 @@ def _bars(console: Console, found: Footprint) -> None:
     free = max(0, found.budget_bytes - found.used_bytes)
     memory = [_segment(part.name, part.bytes) for part in found.parts]
     memory.append(_segment("free", free))
-    away = found.experts_bytes - found.experts_resident * found.record_bytes
+    dense, low = _part(found, "dense weights"), _part(found, "low plane")
+    experts = found.store_bytes - dense - low
+    resident = experts * found.resident_bytes // found.experts_bytes if found.fits else 0
     disk = [
-        _segment("dense weights", found.store_bytes - found.experts_bytes),
-        _segment("experts", found.experts_bytes - away),
-        _segment("not resident", away),
+        _segment("dense weights", dense),
+        _segment("low plane", low),
+        _segment("experts", resident),
+        _segment("not resident", experts - resident),
     ]
-    if found.experts_resident and not found.fits:
-        disk = [disk[0], _segment("not resident", found.experts_bytes)]
     rows = [("memory", memory), ("disk", disk)]
     scale = max(sum(s.bytes for s in segments) for _, segments in rows)
     width = max(10, min(console.width, 100) - BAR_LABEL - BAR_VALUE)

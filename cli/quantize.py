@@ -9,14 +9,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moelite.cli.common import OfflineOption, progress, stderr_console
+from moelite.cli.common import OfflineOption, RecipeOption, progress, stderr_console
 from moelite.cli.render import seconds
 from moelite.units import show_bytes
 
@@ -35,11 +35,22 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     ],
     out: Annotated[Path, typer.Argument(help="The store's folder: a new one, or to go on with.")],
     experts: Annotated[
-        Literal["int4", "int8", "bf16", "f32"], typer.Option(help="Format of the routed experts.")
-    ] = "int4",
+        str | None,
+        typer.Option(metavar="FORMAT", help="Of the routed experts.", show_default="int4"),
+    ] = None,
     dense: Annotated[
-        Literal["int4", "int8", "bf16", "f32"], typer.Option(help="Format of the other weights.")
-    ] = "int8",
+        str | None,
+        typer.Option(metavar="FORMAT", help="Of the other weights.", show_default="int8"),
+    ] = None,
+    recipe: RecipeOption = None,
+    low: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Also a plane of all experts in few bits, for --on-miss low.",
+            show_default=False,
+        ),
+    ] = None,
     ram: Annotated[
         str, typer.Option("--ram", metavar="SIZE", help="Memory to use at most, e.g. 2GiB.")
     ] = "2GiB",
@@ -63,6 +74,8 @@ def quantize(  # noqa: PLR0913 - one parameter per option
                 out,
                 experts=experts,
                 dense=dense,
+                recipe=recipe,
+                low=low,
                 ram=ram,
                 dry_run=dry_run,
                 progress=update,

@@ -107,11 +107,12 @@ def _forecast_rows(forecast: Forecast | None) -> list[tuple[str, str]]:
 
 def _expert_rows(title: str, stats: CacheStats) -> list[tuple[str, str]]:
     looked_up = stats.hits + stats.misses
+    low = f", {stats.low:,} in few bits" if stats.low else ""
     return [
         (
             title,
             f"{stats.hits:,} hits, {stats.misses:,} misses"
-            f" ({percent(stats.hits, looked_up)} hit), {show_bytes(stats.bytes_read)} read,"
+            f"{low} ({percent(stats.hits, looked_up)} hit), {show_bytes(stats.bytes_read)} read,"
             f" {seconds(stats.wait_s)} waiting",
         )
     ]

@@ -15,6 +15,7 @@ from moelite.cli.common import (
     LookaheadOption,
     ModelArgument,
     OfflineOption,
+    OnMissOption,
     RamOption,
     ReadsOption,
     ThreadsOption,
@@ -72,6 +73,7 @@ def run(  # noqa: PLR0913 - one parameter for each option
     kv: KVOption = "f16",
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
+    on_miss: OnMissOption = "wait",
     offline: OfflineOption = False,
 ) -> None:
     """Answer one prompt, from -p, from a pipe, or from both.
@@ -91,7 +93,7 @@ def run(  # noqa: PLR0913 - one parameter for each option
     changes = {name: value for name, value in given.items() if value is not None}
     check(changes)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
-    settings.update(reads=reads, lookahead=lookahead)
+    settings.update(reads=reads, lookahead=lookahead, on_miss=on_miss)
     with open_model(model, offline=offline, **settings) as loaded:
         answer(
             loaded, model or BUILTIN, prompt_ids(loaded, text, system, raw=raw), changes, as_json

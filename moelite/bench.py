@@ -57,6 +57,7 @@ class ExpertTraffic:
 
     hits: int
     misses: int
+    low: int
     bytes_read: int
     wait_s: float
     read_s: float

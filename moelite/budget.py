@@ -11,12 +11,13 @@ from typing import Literal
 
 from moelite.arch import Arch, GatedMLP, Linear, MoE, Norm, TensorRef
 from moelite.attention import KVFormat
-from moelite.errors import BudgetError, UnsupportedError
+from moelite.errors import BudgetError
 from moelite.kv import kv_bytes
 from moelite.layers import rope_bytes
 from moelite.machine import memory
 from moelite.quant import FORMATS
-from moelite.quant.base import RecordLayout, pad, record_layout
+from moelite.quant.base import pad
+from moelite.storefile import LayerEntry, format_label
 from moelite.units import MIB, show_bytes
 from moelite.workspace import workspace_bytes
 
@@ -24,7 +25,6 @@ from moelite.workspace import workspace_bytes
 RUNTIME_BYTES = 190 * MIB
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
 FAST_CHUNK = 256  # from here on a larger chunk computes no faster; it only reads less from disk
-MIN_SLOTS = 2  # one record being multiplied while the next is read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +37,25 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slots:
+    """How an arena is divided. quotas: {layer: experts kept}, in slots of the layer's size;
+    floating: {bytes: slots of that size that keep nothing}."""
+
+    quotas: dict[int, int]
+    floating: dict[int, int]
+
+    @property
+    def count(self) -> int:
+        return sum(self.quotas.values()) + sum(self.floating.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
     """Where memory goes when a model runs in `budget_bytes`.
 
     parts: every owner, the expert arena last. minimum_bytes: the least budget that works at this
-    context. slots: expert records that fit; experts_resident: how many experts stay in memory.
+    context. slots: how the arena is divided; experts_resident: how many experts stay in memory;
+    resident_bytes: their slots; experts_bytes: the slots of all; record_bytes: the largest slot.
     """
 
     parts: tuple[Part, ...]
@@ -53,8 +67,9 @@ class Footprint:
     experts_total: int
     experts_resident: int
     experts_bytes: int
+    resident_bytes: int
     record_bytes: int
-    slots: int
+    slots: Slots
     context: int
     chunk: int
     threads: int
@@ -70,25 +85,32 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What a budget is planned for: an architecture in two formats, and how it is run."""
+    """What a budget is planned for: an architecture, how it is stored, and how it is run.
+
+    layers: of every MoE layer. dense: {key: format} of all other matrices. low: whether the low
+    plane is kept in memory.
+    """
 
     arch: Arch
-    expert_format: str
-    dense_format: str
+    layers: Mapping[int, LayerEntry]
+    dense: Mapping[str, str]
     tokenizer_bytes: int  # of the tokenizer's file
     context: int
     kv: KVFormat
     threads: int
+    low: bool = False
 
+    @property
+    def expert_format(self) -> str:
+        """Formats of routed experts, in words."""
+        return format_label(self.layers.values())
 
-def expert_layout(arch: Arch, expert_format: str) -> RecordLayout:
-    """The record layout that serves every MoE layer. Raises UnsupportedError if they differ."""
-    sizes = {layer.mlp.experts.gate.rows for layer in arch.layers if isinstance(layer.mlp, MoE)}
-    if len(sizes) != 1:
-        raise UnsupportedError(
-            f"the routed experts of {arch.model_type} have sizes {sorted(sizes)}, not one size"
-        )
-    return record_layout(FORMATS[expert_format], arch.hidden_size, sizes.pop())
+    @property
+    def dense_format(self) -> str:
+        """Formats of the other matrices, in words, that of the embeddings first."""
+        others = set(self.dense.values()) - {"f32"}
+        first = self.dense[self.arch.embed.key]
+        return " + ".join([first, *sorted(others - {first})])
 
 
 def _linears(arch: Arch) -> list[Linear]:
@@ -110,12 +132,16 @@ def _norm_bytes(norm: Norm | None) -> int:
     return 4 * norm.size * ((norm.weight is not None) + (norm.bias is not None))
 
 
-def dense_bytes(arch: Arch, dense_format: str) -> int:
-    """Bytes of everything but routed experts, as the decoder holds it."""
-    fmt, f32 = FORMATS[dense_format], FORMATS["f32"]
-    linears = _linears(arch)
-    total = fmt.nbytes(arch.vocab_size, arch.hidden_size) + _norm_bytes(arch.norm)
-    total += sum(fmt.nbytes(part.rows, part.cols) for part in linears)
+def embed_bytes(arch: Arch, dense: Mapping[str, str]) -> int:
+    """Bytes of the embeddings."""
+    return FORMATS[dense[arch.embed.key]].nbytes(arch.vocab_size, arch.hidden_size)
+
+
+def dense_bytes(arch: Arch, dense: Mapping[str, str]) -> int:
+    """Bytes of everything but routed experts, as the decoder holds it. dense: {key: format}."""
+    f32, linears = FORMATS["f32"], _linears(arch)
+    total = embed_bytes(arch, dense) + _norm_bytes(arch.norm)
+    total += sum(FORMATS[dense[p.weight.key]].nbytes(p.rows, p.cols) for p in linears)
     biased: list[TensorRef | None] = [part.bias for part in linears]
     total += sum(4 * part.rows for part, bias in zip(linears, biased, strict=True) if bias)
     for layer in arch.layers:
@@ -130,10 +156,10 @@ def dense_bytes(arch: Arch, dense_format: str) -> int:
 
 def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint:
     """How `budget_bytes` are divided. Never raises for a budget that is too small: see `fits`."""
-    arch = sizes.arch
-    layout = expert_layout(arch, sizes.expert_format)
-    record = layout.record_bytes
-    total = sum(layer.mlp.num_experts for layer in arch.layers if isinstance(layer.mlp, MoE))
+    arch, floating = sizes.arch, floating_slots(sizes.arch)
+    classes = {entry.slot_bytes for entry in sizes.layers.values()}
+    all_bytes = sum(entry.experts * entry.slot_bytes for entry in sizes.layers.values())
+    low = sum(entry.low_bytes for entry in sizes.layers.values()) if sizes.low else 0
 
     def fixed(chunk: int) -> tuple[Part, ...]:
         work = workspace_bytes(arch, chunk, sizes.threads)
@@ -141,7 +167,8 @@ def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint
         return (
             Part(name="runtime", bytes=RUNTIME_BYTES, basis="measured"),
             Part(name="tokenizer", bytes=_tokenizer_bytes(sizes), basis="estimated"),
-            Part(name="dense weights", bytes=dense_bytes(arch, sizes.dense_format), basis="exact"),
+            Part(name="dense weights", bytes=dense_bytes(arch, sizes.dense), basis="exact"),
+            *([Part(name="low plane", bytes=low, basis="exact")] if low else []),
             Part(name="kv", bytes=kv_bytes(arch, sizes.context, sizes.kv), basis="exact"),
             Part(name="workspace", bytes=work, basis="exact"),
         )
@@ -151,7 +178,7 @@ def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint
         # A chunk reads each expert once, so a larger one reads less for a long prompt, but its
         # buffers cost experts: it gets a sixth of what is left over, or all that no expert can use.
         spare = budget_bytes - sum(part.bytes for part in fixed(least))
-        unused = spare - (total + floating_slots(arch)) * record
+        unused = spare - all_bytes - floating * sum(classes)
         share = max(spare // 6, unused)
         chunk = next(
             c
@@ -163,25 +190,30 @@ def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint
             )
         )
     parts = fixed(chunk)
-    room = (budget_bytes - sum(part.bytes for part in parts)) // record
-    slots = max(0, min(room, total + floating_slots(arch)))
+    slots = divide(sizes.layers, floating, budget_bytes - sum(part.bytes for part in parts))
+    # one record of each size being multiplied while the next is read
+    minimum = sum(part.bytes for part in fixed(least)) + sum(classes) + max(classes)
+    resident = sum(n * sizes.layers[layer].slot_bytes for layer, n in slots.quotas.items())
+    arena = resident + sum(size * count for size, count in slots.floating.items())
     machine = memory()
     return Footprint(
-        parts=(*parts, Part(name="experts", bytes=slots * record, basis="exact")),
+        parts=(*parts, Part(name="experts", bytes=arena, basis="exact")),
         budget_bytes=budget_bytes,
-        minimum_bytes=sum(part.bytes for part in fixed(least)) + MIN_SLOTS * record,
+        minimum_bytes=minimum,
         machine_bytes=machine.limit_bytes,
         machine_limit=machine.kind,
-        fits=slots >= MIN_SLOTS and budget_bytes <= machine.limit_bytes,
-        experts_total=total,
-        experts_resident=sum(quotas(arch, slots).values()),
-        experts_bytes=total * record,
-        record_bytes=record,
+        fits=minimum <= budget_bytes <= machine.limit_bytes and slots.count > 1,
+        experts_total=sum(entry.experts for entry in sizes.layers.values()),
+        experts_resident=sum(slots.quotas.values()),
+        experts_bytes=all_bytes,
+        resident_bytes=resident,
+        record_bytes=max(classes),
         slots=slots,
         context=sizes.context,
         chunk=chunk,
         threads=sizes.threads,
-        store_bytes=total * record + parts[2].bytes,
+        store_bytes=sum(e.record_bytes + e.low_bytes for e in sizes.layers.values())
+        + parts[2].bytes,
         expert_format=sizes.expert_format,
         dense_format=sizes.dense_format,
     )
@@ -197,17 +229,33 @@ def floating_slots(arch: Arch) -> int:
     return max(x.mlp.router.top_k for x in arch.layers if isinstance(x.mlp, MoE))
 
 
-def quotas(arch: Arch, slots: int) -> Mapping[int, int]:
-    """{layer: experts kept} for an arena of `slots`: an even share, after the floating slots."""
-    layers = arch.moe_layers
-    floating = min(floating_slots(arch), max(slots // 2, 1))
-    share, rest = divmod(max(slots - floating, 0), len(layers))
-    out = {}
-    for i, layer in enumerate(layers):
-        mlp = arch.layers[layer].mlp
-        assert isinstance(mlp, MoE)
-        out[layer] = min(share + (i < rest), mlp.num_experts)
-    return out
+def divide(layers: Mapping[int, LayerEntry], floating: int, room: int) -> Slots:
+    """How an arena of `room` bytes is divided; nothing in it if it holds not even two records.
+
+    floating: slots wanted for records that are being read or multiplied but not kept, of each size.
+    Every layer keeps the same number of experts, its own at most.
+    """
+    sizes = sorted({entry.slot_bytes for entry in layers.values()})
+    if room < sum(sizes) + sizes[-1]:
+        return Slots(quotas=dict.fromkeys(layers, 0), floating=dict.fromkeys(sizes, 0))
+    each = min(floating, max(room // 2 // sum(sizes), 1))
+    room -= each * sum(sizes)
+    quotas = dict.fromkeys(layers, 0)
+    while True:  # a round gives all layers as many as the smallest still takes, or fit
+        wanting = [k for k, entry in layers.items() if quotas[k] < entry.experts]
+        rounds = min((layers[k].experts - quotas[k] for k in wanting), default=0)
+        round_bytes = sum(layers[k].slot_bytes for k in wanting)
+        rounds = min(rounds, room // max(round_bytes, 1))
+        if not rounds:
+            break
+        for layer in wanting:
+            quotas[layer] += rounds
+        room -= rounds * round_bytes
+    for layer in wanting:
+        if layers[layer].slot_bytes <= room:
+            quotas[layer] += 1
+            room -= layers[layer].slot_bytes
+    return Slots(quotas=quotas, floating=dict.fromkeys(sizes, each))
 
 
 def refuse(footprint: Footprint, name: str) -> BudgetError:

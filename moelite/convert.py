@@ -14,12 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from platformdirs import user_cache_path
 
-from moelite.arch import Linear, TensorRef
+from moelite.arch import TensorRef
 from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress, resolve
@@ -28,19 +27,19 @@ from moelite.packing import (
     TEMPORARY,
     locked,
     new_file,
-    pack,
     pack_dense,
+    pack_expert,
     replace_file,
     size_of,
     sync_folder,
     workers,
 )
 from moelite.process import peak_rss_bytes
-from moelite.quant import FORMATS
-from moelite.quant.base import fill_record
+from moelite.recipe import Recipe, choose
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
+    LOW,
     MANIFEST,
     PARTIAL,
     VERSION,
@@ -77,8 +76,7 @@ class QuantizeReport:
 
     source: str
     out: str
-    experts: str
-    dense: str
+    recipe: dict[str, Any]
     classes: tuple[TensorClass, ...]
     ignored: tuple[str, ...]
     layers: int
@@ -115,32 +113,37 @@ def open_source(
     return open_checkpoint(resolve(str(src), offline=offline, progress=progress))
 
 
-def read_config(
-    path: str | Path, experts: str, dense: str, *, offline: bool = False
-) -> tuple[dict[str, Any], tuple[str, str], int]:
-    """(config, (expert format, dense format), bytes of tokenizer.json) of a store or a checkpoint.
+class Facts(NamedTuple):
+    """What small files tell of a model. manifest: None for what is not a store."""
 
-    A store keeps its own formats. Of a hub id only the small files are fetched.
-    """
+    config: dict[str, Any]
+    tokenizer_bytes: int
+    manifest: Manifest | None = None
+
+
+def read_config(path: str | Path, *, offline: bool = False) -> Facts:
+    """The facts of a store or a checkpoint. Of a hub id only the small files are fetched."""
     folder = Path(path).expanduser()
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder / MANIFEST)
         size = manifest.files.get("tokenizer.json", FileEntry(bytes=0, sha256="")).bytes
-        return read_json(folder / "config.json"), (manifest.experts, manifest.dense), size
+        return Facts(read_json(folder / "config.json"), size, manifest)
     if not folder.exists() and str(path) == BUILTIN:
         source = open_source(BUILTIN, offline=offline)
-        return source.config, (experts, dense), len(source.files.get("tokenizer.json", b""))
+        return Facts(source.config, len(source.files.get("tokenizer.json", b"")))
     folder = resolve(str(path), offline=offline, weights=False)
     files, config = read_sidecars(folder)
-    return config, (experts, dense), len(files.get("tokenizer.json", b""))
+    return Facts(config, len(files.get("tokenizer.json", b"")))
 
 
 def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     src: Source | str | Path,
     out: str | Path,
     *,
-    experts: str = "int4",
-    dense: str = "int8",
+    experts: str | None = None,
+    dense: str | None = None,
+    recipe: str | Recipe | None = None,
+    low: str | None = None,
     ram: str | int | None = "2GiB",
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -148,7 +151,9 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
 ) -> QuantizeReport:
     """Write the store of a checkpoint; peak memory of this process stays below `ram`.
 
-    src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. dry_run: only report sizes.
+    src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. experts, dense: formats
+    (default: int4, int8); or a recipe, by its name or file. low: the format of a plane of all
+    experts beside the main one, for `load(on_miss="low")`. dry_run: only report sizes.
     progress: called with (source bytes done, in all, what is being packed).
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
@@ -157,7 +162,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     start = time.perf_counter()
     out = Path(out)
     source = open_source(src, offline=offline, progress=progress)
-    inventory = take_inventory(source, experts, dense)
+    inventory = take_inventory(source, choose(recipe, experts, dense, low))
     state = _State()
     if not dry_run:
         job = _Job(source, inventory, out, progress or _silent)
@@ -170,8 +175,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     return QuantizeReport(
         source=source.source,
         out=str(out),
-        experts=experts,
-        dense=dense,
+        recipe=inventory.recipe.as_json(),
         classes=inventory.classes,
         ignored=inventory.ignored,
         layers=len(inventory.layers),
@@ -249,8 +253,7 @@ class _Job:
         return {
             "source": self.source.source,
             "fingerprint": self.inventory.fingerprint,
-            "experts": self.inventory.experts,
-            "dense": self.inventory.dense,
+            "recipe": self.inventory.recipe.as_json(),
         }
 
     def _existing(self) -> _State:
@@ -279,8 +282,11 @@ class _Job:
 
     def _refuse_other(self, found: dict[str, Any]) -> None:
         def show(facts: dict[str, Any]) -> str:
-            source, experts, dense = (facts.get(key) for key in ("source", "experts", "dense"))
-            return f"{source} with experts {experts}, dense {dense}"
+            recipe = facts.get("recipe")
+            found = recipe if isinstance(recipe, dict) else {}
+            names = [key for key in ("experts", "dense", "low", "rule") if key in found]
+            rest = ", ".join(f"{key} {found[key]}" for key in names)
+            return f"{facts.get('source')} with {rest}"
 
         wanted = self._identity()
         if any(found.get(key) != value for key, value in wanted.items()):
@@ -313,10 +319,8 @@ class _Job:
         return Manifest(
             source=self.source.source,
             fingerprint=inv.fingerprint,
-            experts=inv.experts,
-            dense=inv.dense,
-            layout=inv.layout,
-            layers={i: mlp.num_experts for i, mlp in inv.layers.items()},
+            recipe=inv.recipe.as_json(),
+            layers=inv.entries,
             classes=inv.classes,
             tensors={key: item.spec for key, item in inv.items.items()},
             files=dict(sorted(self.files.items())),
@@ -351,21 +355,20 @@ class _Job:
             self._each(items, one, "attention, embeddings and the rest")
 
     def _layer(self, layer: int) -> None:
-        layout, mlp = self.inventory.layout, self.inventory.layers[layer]
-        fmt = FORMATS[layout.format]
-        header, at = layer_header(mlp.num_experts, layout.record_bytes)
-        size = at + mlp.num_experts * layout.record_bytes
+        entry, mlp = self.inventory.entries[layer], self.inventory.layers[layer]
+        header, offsets = layer_header(entry)
+        size = len(header) + entry.record_bytes + entry.low_bytes
         with new_file(self.out / layer_file(layer), size) as fd:
             pwrite_all(fd, header, 0)
 
             def one(expert: int) -> int:
-                parts = []
-                for part in mlp.experts.matrices:
-                    packed = np.zeros(fmt.nbytes(part.rows, part.cols), np.uint8)
-                    pack(fmt, self.source, _at(part, expert), packed)
-                    parts.append(packed)
-                record = fill_record(fmt, layout, *parts)
-                pwrite_all(fd, record.data, at + expert * layout.record_bytes)
+                tensor, row = entry.place(expert)
+                layout = entry.layout_of(expert)
+                record = pack_expert(self.source, mlp, expert, layout)
+                pwrite_all(fd, record.data, offsets[tensor] + row * layout.record_bytes)
+                if entry.low is not None:
+                    record = pack_expert(self.source, mlp, expert, entry.low)
+                    pwrite_all(fd, record.data, offsets[LOW] + expert * entry.low.record_bytes)
                 return _source_bytes(self.source, self._one_expert(layer, expert))
 
             self._each(range(mlp.num_experts), one, f"layer {layer}")
@@ -380,10 +383,6 @@ class _Job:
                 self.progress(done, self.inventory.source_bytes, note)
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _at(part: Linear, expert: int) -> tuple[TensorRef, int, int]:
-    return part.weight.at(expert), part.rows, part.cols
 
 
 def _source_bytes(source: Source, parts: Iterable[tuple[TensorRef, tuple[int, ...]]]) -> int:

@@ -14,13 +14,14 @@ from moelite import warm
 from moelite.arch import Arch, MoE
 from moelite.attention import KVFormat
 from moelite.bandwidth import read_speed
-from moelite.budget import Footprint, Sizes, plan, quotas, refuse
+from moelite.budget import Footprint, Sizes, plan, refuse
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.cache.trace import I32, check_routes
 from moelite.drive import DriveSpeed, drive_speed, speed_now
 from moelite.errors import CheckpointError, StoreError, UsageError
 from moelite.forecast import Forecast, Hits
 from moelite.kv import KVCache
+from moelite.layers import ExpertTiers, tiers_of
 from moelite.lookahead import Choice, Lookahead
 from moelite.machine import Populate, allocate, memory
 from moelite.meter import Meter
@@ -29,7 +30,7 @@ from moelite.models import build
 from moelite.outlook import PROMPT_TOKENS, outlook, speeds_here, usual_hits
 from moelite.quant.base import ALIGN, F32, U8, pad
 from moelite.session import Session
-from moelite.sizing import budget_of, context_of, threads_of
+from moelite.sizing import budget_of, context_of, stored, threads_of
 from moelite.step import LAYER_PHASES
 from moelite.store import Store
 from moelite.threads import Team
@@ -38,6 +39,7 @@ from moelite.workspace import Workspace
 
 READERS = 4  # threads that read experts where the drive was not asked
 Reads = Literal["auto", "direct", "page-cache"]
+OnMiss = Literal["wait", "low"]
 
 
 class _StoreWeights:
@@ -80,6 +82,7 @@ class Model:
         kv: KVFormat,
         drive: DriveSpeed | None = None,
         lookahead: Choice = "auto",
+        on_miss: OnMiss = "wait",
     ) -> None:
         self.store, self.arch, self.footprint = store, arch, footprint
         self.drive = drive  # None: every expert fits in memory, so nobody asked
@@ -88,12 +91,18 @@ class Model:
         if "tokenizer.json" in store.manifest.files:
             self._tokenizer = Tokenizer.from_files(store.sidecars())
         self.team = Team(footprint.threads, (len(arch.layers) + 2) * LAYER_PHASES)
-        arena = allocate_arena(footprint.slots, footprint.record_bytes)
+        quotas, slots = footprint.slots.quotas, dict(footprint.slots.floating)
+        sizes = {layer: entry.slot_bytes for layer, entry in store.layers.items()}
+        for layer, kept in quotas.items():
+            slots[sizes[layer]] += kept
+        arena = allocate_arena(slots)
         self._populate = Populate(arena)
+        self.on_miss = on_miss
         self.experts = ExpertCache(
             arena=arena,
-            record_bytes=footprint.record_bytes,
-            quotas=quotas(arch, footprint.slots),
+            slots=slots,
+            sizes=sizes,
+            quotas=quotas,
             read=store.load_record,
             readers=drive.depth if drive else READERS,
         )
@@ -103,13 +112,23 @@ class Model:
             arch,
             _StoreWeights(store),
             self.experts,
-            store.layout,
+            self._tiers(arena),
             work=work,
             kv=KVCache(arch, self.context, kv),
             team=self.team,
         )
         self._decoder.lookahead = self.lookahead
         self._session: Session | None = None
+
+    def _tiers(self, arena: U8) -> dict[int, ExpertTiers]:
+        found = {}
+        for layer, entry in self.store.layers.items():
+            low = None
+            if self.on_miss == "low":
+                low = allocate(entry.low_bytes)
+                self.store.read_low(layer, low)
+            found[layer] = tiers_of(entry, arena, low)
+        return found
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -163,14 +182,15 @@ class Model:
         store, arch = self.store, self.arch
         keys = set(store.dense_keys()) - (set() if arch.tied else {arch.embed.key})
         total = sum(store.dense_entry(key).nbytes for key in keys)
-        for layer in arch.layers:
+        for number, layer in enumerate(arch.layers):
             if isinstance(layer.mlp, MoE):
-                total += layer.mlp.router.top_k * store.layout.payload_bytes
+                entry = store.layers[number]
+                total += layer.mlp.router.top_k * entry.payload_bytes // entry.experts
         return total
 
     def memory_speed(self) -> float:
         """Bytes per second at which the model's threads read memory at this moment."""
-        used = self.footprint.experts_resident * self.footprint.record_bytes
+        used = self.footprint.resident_bytes
         return read_speed(self.experts.arena[:used], self.footprint.threads)
 
     def drive_speed(self) -> float | None:
@@ -190,12 +210,11 @@ class Model:
         """What its budget was planned for."""
         return Sizes(
             arch=self.arch,
-            expert_format=self.store.expert_format,
-            dense_format=self.store.dense_format,
-            tokenizer_bytes=len(self.store.sidecars().get("tokenizer.json", b"")),
             context=self.context,
             kv=self.kv_format,
             threads=self.footprint.threads,
+            low=self.on_miss == "low",
+            **stored(self.store.manifest)._asdict(),
         )
 
     def forecast(
@@ -282,6 +301,16 @@ def _choose_reads(store: Store, footprint: Footprint, reads: Reads) -> DriveSpee
     return drive
 
 
+def _check_on_miss(store: Store, on_miss: OnMiss) -> None:
+    if on_miss not in get_args(OnMiss):
+        raise UsageError(f"on_miss {on_miss!r} is not known", fix="wait or low")
+    if on_miss == "low" and any(entry.low is None for entry in store.layers.values()):
+        raise UsageError(
+            f"{store.path} has no low plane to answer from",
+            fix="quantize with --low FORMAT, or run with --on-miss wait",
+        )
+
+
 def load(  # noqa: PLR0913 - one for each choice a user has
     path: str | Path,
     *,
@@ -292,6 +321,7 @@ def load(  # noqa: PLR0913 - one for each choice a user has
     chunk: int | None = None,
     reads: Reads = "auto",
     lookahead: Choice = "auto",
+    on_miss: OnMiss = "wait",
     on_compile: Callable[[str], None] | None = None,
 ) -> Model:
     """Loads the store at `path` within `ram` (default: four fifths of free memory).
@@ -300,29 +330,32 @@ def load(  # noqa: PLR0913 - one for each choice a user has
     keys and values. chunk: prompt tokens computed at once (default: by the budget). reads: experts
     past the page cache or through it (default: through it where it has room for all of them, or
     where that is faster). lookahead: whether the next layer's experts are guessed and read ahead
-    (default: where it is faster). on_compile: told about the one-time compilation of kernels.
+    (default: where it is faster). on_miss: "low" answers with an expert that is not in memory from
+    the store's low plane, which is kept in memory, while it is being read: faster, and the tokens
+    depend on what is in memory at the moment; prompts are always read with whole experts.
+    on_compile: told about the one-time compilation of kernels.
     Raises BudgetError if it does not fit, naming the minimum, and StoreError if `path` is not a
     sound store.
     """
     store = Store.open(Path(path))
     try:
+        _check_on_miss(store, on_miss)
         arch = build(store.config)
         sizes = Sizes(
             arch=arch,
-            expert_format=store.expert_format,
-            dense_format=store.dense_format,
-            tokenizer_bytes=len(store.sidecars().get("tokenizer.json", b"")),
             context=context_of(arch, context),
             kv=kv,
             threads=threads_of(threads),
+            low=on_miss == "low",
+            **stored(store.manifest)._asdict(),
         )
         footprint = plan(sizes, budget_of(ram), chunk)
         if not footprint.fits:
             raise refuse(footprint, store.path.name)
-        warm.ensure({store.expert_format, store.dense_format}, on_compile)
+        warm.ensure(store.formats, on_compile)
         drive = _choose_reads(store, footprint, reads)
         store.hold_open()
-        return Model(store, arch, footprint, kv, drive, lookahead)
+        return Model(store, arch, footprint, kv, drive, lookahead, on_miss)
     except BaseException:
         store.close()
         raise

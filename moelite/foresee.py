@@ -8,6 +8,7 @@ from moelite.attention import KVFormat
 from moelite.budget import Footprint, plan
 from moelite.forecast import Forecast, Hits
 from moelite.outlook import outlook, speeds_here, usual_hits, work_of
+from moelite.recipe import Recipe, choose
 from moelite.sizing import Settings, budget_of, sizes_of
 from moelite.storefile import MANIFEST
 
@@ -19,8 +20,10 @@ def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
     context: int | None = None,
     kv: KVFormat = "f16",
     threads: int | None = None,
-    experts: str = "int4",
-    dense: str = "int8",
+    experts: str | None = None,
+    dense: str | None = None,
+    recipe: str | Recipe | None = None,
+    low: bool = False,
     hits: Hits | None = None,
     folder: Path | None = None,
 ) -> tuple[Footprint, Forecast]:
@@ -30,7 +33,7 @@ def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
     where the speeds of earlier runs are kept (default: the user's cache folder). Where the model
     does not fit, the forecast is for the least budget.
     """
-    asked = Settings(context=context, kv=kv, threads=threads, experts=experts, dense=dense)
+    asked = Settings(context, kv, threads, choose(recipe, experts, dense), low)
     sizes = sizes_of(path, asked)
     found = plan(sizes, budget_of(ram))
     store = Path(path).expanduser()

@@ -11,15 +11,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moelite.arch import Arch, GatedMLP, Linear, MoE, Norm, TensorRef
+from moelite.arch import Arch, Linear, MoE, Norm, TensorRef
 from moelite.checkpoint import READABLE, Source, ref_shape
-from moelite.errors import CheckpointError, UnsupportedError, UsageError
+from moelite.errors import CheckpointError, UnsupportedError
 from moelite.models import build
-from moelite.quant import FORMATS
-from moelite.quant.base import RecordLayout, record_layout
-from moelite.storefile import DenseSpec, TensorClass, packed_bytes
+from moelite.quant.record import RecordLayout, record_layout
+from moelite.recipe import Recipe, check_layers
+from moelite.storefile import DenseSpec, LayerEntry, TensorClass, packed_bytes
 
-DENSE_FORMATS = ("int4", "int8", "bf16", "f32")
 _SAMPLES, _SAMPLE_LIMIT = 32, 1 << 20  # tensors and weights a row that identify a checkpoint
 
 
@@ -34,15 +33,15 @@ class DenseItem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inventory:
-    """Everything to store. layers: {MoE layer: its MoE}; ignored: tensors the model has no use for.
+    """Everything to store. layers: {MoE layer: its MoE}; entries: how each is stored; ignored:
+    tensors the model has no use for.
 
     source_bytes, of all that is read; layer_bytes, of one layer's experts.
     """
 
     arch: Arch
-    experts: str
-    dense: str
-    layout: RecordLayout
+    recipe: Recipe
+    entries: dict[int, LayerEntry]
     items: dict[str, DenseItem]
     layers: dict[int, MoE]
     classes: tuple[TensorClass, ...]
@@ -57,35 +56,42 @@ class Inventory:
     def store_bytes(self) -> int:
         return sum(c.bytes_after for c in self.classes)
 
+    @property
+    def formats(self) -> set[str]:
+        """Every format that weights are packed in."""
+        found = {name for entry in self.entries.values() for name in entry.formats}
+        return found | {item.spec.format for item in self.items.values()}
 
-def take_inventory(source: Source, experts: str, dense: str) -> Inventory:
+
+def take_inventory(source: Source, recipe: Recipe) -> Inventory:
     """Walk the architecture and check every tensor that it needs.
 
-    Raises UsageError for an unknown format, UnsupportedError, or CheckpointError naming the tensor
-    that is missing or has another shape.
+    Raises UsageError for a recipe that does not fit, UnsupportedError, or CheckpointError naming
+    the tensor that is missing or has another shape.
     """
-    _check_recipe(experts, dense)
     arch = build(source.config)
-    layers = {i: arch.layers[i].mlp for i in arch.moe_layers}
-    moe = {i: mlp for i, mlp in layers.items() if isinstance(mlp, MoE)}
-    layout = _layout(arch, moe, experts)
+    moe = moe_layers(arch)
+    check_layers(recipe, arch)
+    entries = plan_layers(arch, recipe)
     table = _Table(source, frozenset(source.names()))
-    items = {item.ref.key: item for item in _dense_items(arch, dense)}
+    items = {item.ref.key: item for item in dense_items(arch, recipe)}
     for item in items.values():
         size = packed_bytes(item.spec.format, item.spec.shape)
         table.add(item.ref, item.spec.shape, (item.kind, item.spec.format), size)
-    for mlp in moe.values():
+    for number, mlp in moe.items():
+        entry = entries[number]
         for expert in range(mlp.num_experts):
-            size = layout.record_bytes
-            for part in mlp.experts.matrices:
-                shape = (part.rows, part.cols)
-                table.add(part.weight.at(expert), shape, ("routed experts", experts), size)
-                size = 0  # the record counts once for its three matrices
+            layout = entry.layout_of(expert)
+            parts = zip(mlp.experts.matrices, _each(layout), _shares(layout), strict=True)
+            for part, fmt, size in parts:
+                row = "routed experts", fmt
+                table.add(part.weight.at(expert), (part.rows, part.cols), row, size)
+        if entry.low is not None:
+            table.low(entry)
     return Inventory(
         arch=arch,
-        experts=experts,
-        dense=dense,
-        layout=layout,
+        recipe=recipe,
+        entries=entries,
         items=dict(sorted(items.items())),
         layers=moe,
         classes=table.classes(),
@@ -94,29 +100,47 @@ def take_inventory(source: Source, experts: str, dense: str) -> Inventory:
     )
 
 
-def _check_recipe(experts: str, dense: str) -> None:
-    recipe = (("experts", experts, tuple(FORMATS)), ("dense", dense, DENSE_FORMATS))
-    for part, value, allowed in recipe:
-        if value not in allowed:
-            raise UsageError(
-                f"{value!r} is no format for {part}",
-                fix=f"choose one of {', '.join(allowed)}",
-            )
+def _each(layout: RecordLayout) -> tuple[str, str, str]:
+    # the formats of gate, up and down
+    return layout.gate_up_format, layout.gate_up_format, layout.down_format
 
 
-def _layout(arch: Arch, layers: dict[int, MoE], experts: str) -> RecordLayout:
-    """One record layout for all layers, as a store of this version has."""
-    sizes = {mlp.experts.gate.rows for mlp in layers.values()}
+def _shares(layout: RecordLayout) -> tuple[int, int, int]:
+    # a record's bytes by gate, up and down; what fills its last page counts as down's
+    half = layout.down // 2
+    return half, layout.down - half, layout.record_bytes - layout.down
+
+
+def moe_layers(arch: Arch) -> dict[int, MoE]:
+    """{MoE layer: its MoE}. Raises UnsupportedError for experts that a store cannot hold."""
+    found = {i: arch.layers[i].mlp for i in arch.moe_layers}
+    moe = {i: mlp for i, mlp in found.items() if isinstance(mlp, MoE)}
+    sizes = {mlp.experts.gate.rows for mlp in moe.values()}
     if len(sizes) != 1:
         raise UnsupportedError(
             f"the routed experts of this {arch.model_type} have the sizes {sorted(sizes)};"
             f" moelite needs one size, and at least one layer of experts"
         )
-    for mlp in layers.values():
+    for mlp in moe.values():
         for part in mlp.experts.matrices:
             if part.bias is not None:
                 raise UnsupportedError(f"routed experts with biases ({part.bias.name})")
-    return record_layout(FORMATS[experts], arch.hidden_size, sizes.pop())
+    return moe
+
+
+def plan_layers(arch: Arch, recipe: Recipe) -> dict[int, LayerEntry]:
+    """{MoE layer: how a recipe stores it}, by what formats plan with."""
+    entries = {}
+    for number, mlp in moe_layers(arch).items():
+        shape = arch.hidden_size, mlp.experts.gate.rows
+        formats = [recipe.expert(number, expert) for expert in range(mlp.num_experts)]
+        tiers = sorted(set(formats), key=formats.index)
+        entries[number] = LayerEntry(
+            tiers=tuple(record_layout(tier, *shape) for tier in tiers),
+            tier_of=tuple(tiers.index(found) for found in formats),
+            low=None if recipe.low is None else record_layout((recipe.low, recipe.low), *shape),
+        )
+    return entries
 
 
 class _Table:
@@ -151,6 +175,13 @@ class _Table:
         for i, value in enumerate((1, params, params * READABLE[dtype], after)):
             sums[i] += value
 
+    def low(self, entry: LayerEntry) -> None:
+        """Counts a layer's low plane: weights that are there already, in more bytes."""
+        assert entry.low is not None
+        sums = self._rows.setdefault(("low plane", entry.low.gate_up_format), [0, 0, 0, 0])
+        sums[0] += 3 * entry.experts
+        sums[3] += entry.low_bytes
+
     def classes(self) -> tuple[TensorClass, ...]:
         """Largest first, as they were in the checkpoint."""
         found = [
@@ -167,24 +198,32 @@ class _Table:
         return tuple(sorted(found, key=lambda c: (-c.bytes_before, c.name)))
 
 
-def _dense_items(arch: Arch, dense: str) -> Iterator[DenseItem]:
-    yield _item(arch.embed, "embeddings", dense, (arch.vocab_size, arch.hidden_size))
-    for layer in arch.layers:
+def dense_items(arch: Arch, recipe: Recipe) -> Iterator[DenseItem]:
+    """Every tensor that is not a routed expert, in the format that a recipe gives it."""
+    embed = recipe.matrix("embeddings", None)
+    yield _item(arch.embed, "embeddings", embed, (arch.vocab_size, arch.hidden_size))
+    for number, layer in enumerate(arch.layers):
+
+        def linear(part: Linear, kind: str, layer: int = number) -> Iterator[DenseItem]:
+            return _linear(part, kind, recipe.matrix(kind, layer))
+
         a = layer.attention
         for norm in (layer.input_norm, layer.post_norm, a.q_norm, a.k_norm):
             yield from _norm(norm)
         for part in (a.q, a.k, a.v, a.o):
-            yield from _linear(part, "attention", dense)
+            yield from linear(part, "attention")
         if isinstance(layer.mlp, MoE):
             yield from _linear(layer.mlp.router.linear, "router", "f32")
-            yield from _gated(layer.mlp.shared, "shared experts", dense)
             if layer.mlp.shared_gate is not None:
-                yield from _linear(layer.mlp.shared_gate, "shared experts", dense)
+                yield from linear(layer.mlp.shared_gate, "shared experts")
+            for part in () if layer.mlp.shared is None else layer.mlp.shared.matrices:
+                yield from linear(part, "shared experts")
         else:
-            yield from _gated(layer.mlp, "dense layers", dense)
+            for part in layer.mlp.matrices:
+                yield from linear(part, "dense layers")
     yield from _norm(arch.norm)
     if not arch.tied:
-        yield from _linear(arch.head, "head", dense)
+        yield from _linear(arch.head, "head", recipe.matrix("head", None))
 
 
 def _item(ref: TensorRef, kind: str, fmt: str, shape: tuple[int, ...]) -> DenseItem:
@@ -201,11 +240,6 @@ def _linear(part: Linear, kind: str, fmt: str) -> Iterator[DenseItem]:
     yield _item(part.weight, kind, fmt, (part.rows, part.cols))
     if part.bias is not None:
         yield _item(part.bias, "norms and biases", "f32", (part.rows,))
-
-
-def _gated(mlp: GatedMLP | None, kind: str, fmt: str) -> Iterator[DenseItem]:
-    for part in () if mlp is None else mlp.matrices:
-        yield from _linear(part, kind, fmt)
 
 
 def _fingerprint(source: Source) -> str:

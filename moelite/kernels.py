@@ -20,12 +20,12 @@ from moelite import ops
 from moelite.attention import attend, attend_pieces, keep_heads
 from moelite.dispatch import multiply, place, quantize_block, quantize_row, strip_of, strips
 from moelite.jit import inlined, inner
-from moelite.program import LayerWords
+from moelite.program import FeedForward, LayerWords
 from moelite.quant.base import Job, Matrix
 from moelite.raw import address, f32_at
 from moelite.simd import add_f32, load_f32, mul_f32, splat_f32, store_f32, zero_f32
 from moelite.sync import finish, own, take
-from moelite.words import field
+from moelite.words import field, size_of
 
 _q, _k = field(LayerWords, "attention.q"), field(LayerWords, "attention.k")
 _v, _o = field(LayerWords, "attention.v"), field(LayerWords, "attention.o")
@@ -249,26 +249,46 @@ def _move(matrix, by):
     )
 
 
+_gate_up_of, _down_of = field(FeedForward, "gate_up"), field(FeedForward, "down")
+_PARTS_WORDS = size_of(FeedForward)
+
+
+@inlined
+def _wide(tiers, job, part):
+    # the gate_up of a part
+    return _move(_gate_up_of(tiers, job.tier[part] * _PARTS_WORDS), job.base[part])
+
+
+@inlined
+def _down(tiers, job, part):
+    return _move(_down_of(tiers, job.tier[part] * _PARTS_WORDS), job.base[part])
+
+
 @inner
-def _part_place(matrix, job, piece, rows):
-    # where a piece of `rows` rows of an expert's matrix begins
-    each = strips(matrix.rows, rows)
-    return place(matrix, piece % each * rows) + job.base[piece // each]
+def _wide_place(tiers, job, piece, each, rows):
+    # where a piece of `rows` rows of gate_up begins, of `each` pieces a part
+    return place(_wide(tiers, job, piece // each), piece % each * rows)
+
+
+@inner
+def _down_place(tiers, job, piece, each, rows):
+    return place(_down(tiers, job, piece // each), piece % each * rows)
 
 
 PAIRED = 64  # rows of gate_up that make a block of 32 hidden activations
 
 
 @inner
-def _gate_up(crew, ff, act, job, part, rows, follow):
+def _gate_up(crew, tiers, act, job, part, rows, follow):
     # rows of gate_up of one part, silu(gate) * up of them, quantized as made; rows: (first, count)
     h, first, last, (begin, size) = job.hidden, job.first[part], job.first[part + 1], rows
-    stop, count = min(begin + size, ff.gate_up.rows), last - first
+    matrix = _wide(tiers, job, part)
+    stop, count = min(begin + size, matrix.rows), last - first
     both = job.scratch[crew.tid * job.scratch_width : (crew.tid + 1) * job.scratch_width]
     # `multiply` writes row r of the matrix to column r, and here column 0 is `begin`
     out = f32_at(address(both) - begin * 4, both.size + begin)
     to = Job(job.source[first:last], job.places, 0, count, out, size)
-    multiply(_move(ff.gate_up, job.base[part]), act, to, begin, stop, follow)
+    multiply(matrix, act, to, begin, stop, follow)
     for p in range(count):
         row = (first + p) * h.width
         for i in range(0, stop - begin, 16):
@@ -282,24 +302,26 @@ def _gate_up(crew, ff, act, job, part, rows, follow):
 
 
 @inlined
-def _paired(crew, ff, job, count):
+def _paired(crew, rows, job, count):
     # rows of gate_up in a piece: what a strip is to other matrices, and the scratch has room for
-    size = 2 * strip_of(job.parts * ff.gate_up.rows // 2, crew.team)
+    size = 2 * strip_of(job.parts * rows // 2, crew.team)
     return max(min(size, job.scratch_width // count // PAIRED * PAIRED), PAIRED)
 
 
 @inlined
-def _hidden(crew, phase, ff, act, job, count):
-    size, down = _paired(crew, ff, job, count), ff.down
-    each = strips(ff.gate_up.rows, size)
+def _hidden(crew, phase, tiers, act, job, count):
+    rows, down = _gate_up_of(tiers, 0).rows, _down_of(tiers, 0).rows
+    size = _paired(crew, rows, job, count)
+    each = strips(rows, size)
     pieces, mine = job.parts * each, 0
-    last, strip = own(crew, pieces, crew.tid)[1], strip_of(job.parts * down.rows, crew.team)
-    downs = job.parts * strips(down.rows, strip)
-    after = _part_place(down, job, min(own(crew, downs, crew.tid)[0], downs - 1), strip)
+    last, strip = own(crew, pieces, crew.tid)[1], strip_of(job.parts * down, crew.team)
+    downs = job.parts * strips(down, strip)
+    first = min(own(crew, downs, crew.tid)[0], downs - 1)
+    after = _down_place(tiers, job, first, strips(down, strip), strip)
     piece = take(crew, phase, pieces)
     while piece < pieces:
-        follow = _part_place(ff.gate_up, job, piece + 1, size) if piece + 1 < last else after
-        _gate_up(crew, ff, act, job, piece // each, (piece % each * size, size), follow)
+        follow = _wide_place(tiers, job, piece + 1, each, size) if piece + 1 < last else after
+        _gate_up(crew, tiers, act, job, piece // each, (piece % each * size, size), follow)
         mine += 1
         piece = take(crew, phase, pieces)
     finish(crew, phase, mine, pieces)
@@ -326,18 +348,19 @@ def _add_parts(total, t, start):
 
 
 @inner
-def feed_forward(crew, phase, ff, act, job, total, then):
+def feed_forward(crew, phase, tiers, act, job, total, then):
     """out[target] = down(silu(gate(x)) * up(x)) for the job's positions; then the Sum. 3 phases.
 
+    tiers: words of FeedForwards, which job.tier chooses from. Most often all parts are of one.
     then: (the most positions of a part, rows of the Sum, 0 if it has to wait; the address that this
     thread reads next). The first is not looked up in the job: a thread that comes late would find
     another job's number there, and count other pieces.
     """
     count, tokens, after = then
-    _hidden(crew, phase, ff, act, job, count)
-    down = ff.down
-    strip = strip_of(job.parts * down.rows, crew.team)
-    each = strips(down.rows, strip)
+    _hidden(crew, phase, tiers, act, job, count)
+    rows = _down_of(tiers, 0).rows
+    strip = strip_of(job.parts * rows, crew.team)
+    each = strips(rows, strip)
     pieces, mine = job.parts * each, 0
     end = own(crew, pieces, crew.tid)[1]
     piece = take(crew, phase + 1, pieces)
@@ -345,9 +368,9 @@ def feed_forward(crew, phase, ff, act, job, total, then):
         part, start = piece // each, piece % each * strip
         first, last = job.first[part], job.first[part + 1]
         to = Job(job.places, job.target, first, last, job.out, job.width)
-        follow = _part_place(down, job, piece + 1, strip) if piece + 1 < end else after
-        matrix = _move(down, job.base[part])
-        multiply(matrix, job.hidden, to, start, min(start + strip, down.rows), follow)
+        follow = _down_place(tiers, job, piece + 1, each, strip) if piece + 1 < end else after
+        stop = min(start + strip, rows)
+        multiply(_down(tiers, job, part), job.hidden, to, start, stop, follow)
         mine += 1
         piece = take(crew, phase + 1, pieces)
     finish(crew, phase + 1, mine, pieces)

@@ -6,8 +6,8 @@ format. Routed experts come from an ExpertSource, which owns their memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -32,29 +32,30 @@ from moelite.quant.base import (
     F32,
     U8,
     Matrix,
-    RecordLayout,
     pad,
     pair_rows,
     put_half,
 )
+from moelite.quant.record import RecordLayout
 from moelite.routing import Rule
-from moelite.words import I32
+from moelite.storefile import LayerEntry
+from moelite.words import I32, I64, words_of
 from moelite.workspace import Workspace
 
 _NO_NORM = ops.NormWeights(ops.EMPTY, ops.EMPTY, 0, np.float32(0), False)
-_NO_PARTS = FeedForward(NO_MATRIX, NO_MATRIX)
 _NO_I32, _NO_I64 = np.zeros(0, np.int32), np.zeros(0, np.int64)
 _NO_ACT = new_act(0, 0, quantized=False)
 _NO_JOB = FeedForwardJob(
-    _NO_I64, _NO_I64, _NO_I32, _NO_I32, _NO_I32, _NO_ACT, ops.EMPTY, 0, ops.EMPTY, 0, 0
+    *(_NO_I64, _NO_I32, _NO_I64, _NO_I32, _NO_I32, _NO_I32, _NO_ACT),
+    *(ops.EMPTY, 0, ops.EMPTY, 0, 0),
 )
 _NO_SUM = Sum(ops.EMPTY, 0, 0, ops.EMPTY, ops.EMPTY, 0, ops.EMPTY)
 _NOTHING_ROUTED = Routed(
     Rule(0, 0, False, np.float32(0)),
-    *(0, _NO_I32, _NO_I32, _NO_I32, ops.EMPTY, _NO_I32, ops.EMPTY),
-    *(_NO_PARTS, _NO_JOB, _NO_SUM),
+    *(_NO_I32, _NO_I32, -1, 0, _NO_I32, _NO_I32, ops.EMPTY, _NO_I32, ops.EMPTY),
+    *(_NO_I64, _NO_JOB, _NO_SUM),
 )
-_NOTHING_DENSE = Dense(_NO_PARTS, _NO_JOB, _NO_SUM, NO_MATRIX, ops.EMPTY)
+_NOTHING_DENSE = Dense(_NO_I64, _NO_JOB, _NO_SUM, NO_MATRIX, ops.EMPTY)
 
 
 class WeightSource(Protocol):
@@ -76,17 +77,24 @@ class WeightSource(Protocol):
 
 
 class ExpertSource(Protocol):
-    """Where routed experts are: slots of `record_bytes` in one arena."""
+    """Where routed experts are: slots in one arena, each on a page."""
 
     arena: U8
-    record_bytes: int
 
     def slots_of(self, layer: int, experts: int) -> I32:
-        """Where each of a layer's experts is: its slot, or -1. Kept up to date."""
+        """The page where each of a layer's experts begins, or -1. Kept up to date."""
         ...
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
         """Experts that all are in memory were used."""
+        ...
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """Experts were used, those that are not in memory in few bits."""
+        ...
+
+    def admit(self) -> None:
+        """Takes in what has been read since."""
         ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -184,11 +192,32 @@ def attention_shape(spec: Attention, kv: KVCache) -> AttentionShape:
 
 def expert_parts(layout: RecordLayout, arena: U8) -> FeedForward:
     """The matrices of the expert whose record begins at the arena's first byte."""
-    fmt, hidden, size = layout.format, layout.hidden_size, layout.expert_size
     return FeedForward(
-        matrix_of(fmt, arena, layout.gate_up, pair_rows(size), hidden),
-        matrix_of(fmt, arena, layout.down, hidden, size),
+        matrix_of(layout.gate_up_format, arena, 0, *layout.gate_up_shape),
+        matrix_of(layout.down_format, arena, layout.down, *layout.down_shape),
     )
+
+
+class ExpertTiers(NamedTuple):
+    """How a layer's experts lie in memory: words of the tiers, which one each expert is of, and
+    what stands in for one that is not there (low_tier -1: nothing). low: the memory of the latter,
+    which words name by its address."""
+
+    words: I64
+    tier_of: I32
+    low_tier: int
+    low_bytes: int
+    low: U8 | None
+
+
+def tiers_of(entry: LayerEntry, arena: U8, low: U8 | None) -> ExpertTiers:
+    """Of a layer whose low plane, if it is to be used, is in `low`."""
+    parts, low_tier, low_bytes = [expert_parts(tier, arena) for tier in entry.tiers], -1, 0
+    if low is not None and entry.low is not None:
+        low_tier, low_bytes = len(parts), entry.low.record_bytes
+        parts.append(expert_parts(entry.low, low))
+    words = np.array(words_of(tuple(parts)), np.int64)
+    return ExpertTiers(words, np.array(entry.tier_of, np.int32), low_tier, low_bytes, low)
 
 
 def load_gated(source: WeightSource, spec: GatedMLP) -> FeedForward:
@@ -209,40 +238,44 @@ def _dense(source: WeightSource, spec: GatedMLP, gate: Linear | None, work: Work
     parts, hidden = load_gated(source, spec), work.mlp(spec, work.chunk)
     scratch, each = work.scratch.reshape(-1), work.scratch.shape[1]
     rows, y, width = work.rows, work.y.reshape(-1), work.y.shape[1]
-    base, gates = work.start, work.shared_gate.reshape(-1)
-    job = FeedForwardJob(*(base, work.span, rows, rows, rows, hidden, scratch, each, y, width, 1))
+    base, tier, gates = work.start, work.zeros, work.shared_gate.reshape(-1)
+    job = FeedForwardJob(
+        *(base, tier, work.span, rows, rows, rows, hidden, scratch, each, y, width, 1)
+    )
     x, ones = work.x.reshape(-1), work.ones.reshape(-1)
     factor = ops.EMPTY if gate is None else gates
     total = Sum(x, work.x.shape[1], spec.down.rows, y, ones, 1, factor)
-    return Dense(parts, job, total, load_matrix(source, gate), gates)
+    words = np.array(words_of(parts), np.int64)
+    return Dense(words, job, total, load_matrix(source, gate), gates)
 
 
 def _routed(
-    spec: MoE, number: int, work: Workspace, experts: ExpertSource, layout: RecordLayout
+    spec: MoE, number: int, work: Workspace, experts: ExpertSource, tiers: ExpertTiers
 ) -> Routed:
-    router, parts = spec.router, expert_parts(layout, experts.arena)
-    k = router.top_k
+    router, k = spec.router, spec.router.top_k
     hidden = work.mlp(spec.experts, work.chunk * k)
     scratch, each = work.scratch.reshape(-1), work.scratch.shape[1]
     out, width = work.parts.reshape(-1), work.parts.shape[1]
     first, target = work.expert_first, work.expert_target
-    base, rows = work.expert_base[:k], work.rows
+    base, tier, rows = work.expert_base[:k], work.expert_tier[:k], work.rows
     job = FeedForwardJob(
-        *(base, first, work.zeros, target, rows, hidden, scratch, each, out, width, k)
+        *(base, tier, first, work.zeros, target, rows, hidden, scratch, each, out, width, k)
     )
     weights = work.weights[number, :k]
-    size = parts.down.rows
+    size = spec.experts.down.rows
     total = Sum(work.x.reshape(-1), work.x.shape[1], size, out, weights, k, ops.EMPTY)
     return Routed(
         Rule(spec.num_experts, k, router.renormalize, np.float32(router.scale)),
-        experts.record_bytes,
         experts.slots_of(number, spec.num_experts),
+        tiers.tier_of,
+        tiers.low_tier,
+        tiers.low_bytes,
         work.given[number, :k],
         work.selected[number, :k],
         weights,
         work.guessed[number, :k],
         work.router_scores,
-        parts,
+        tiers.words,
         job,
         total,
     )
@@ -252,10 +285,14 @@ class Builder:
     """Makes the LayerWords of an Arch's layers, one after another."""
 
     def __init__(
-        self, arch: Arch, source: WeightSource, experts: ExpertSource, layout: RecordLayout
+        self,
+        arch: Arch,
+        source: WeightSource,
+        experts: ExpertSource,
+        tiers: Mapping[int, ExpertTiers],
     ) -> None:
         self._arch, self._source, self._experts = arch, source, experts
-        self._layout = layout
+        self._tiers = tiers
 
     def layer(self, number: int, ropes: RopeTables, work: Workspace, kv: KVCache) -> LayerWords:
         """Layer `number`, its weights read."""
@@ -263,7 +300,7 @@ class Builder:
         spec, mlp = layer.attention, layer.mlp
         routed, dense = _NOTHING_ROUTED, _NOTHING_DENSE
         if isinstance(mlp, MoE):
-            routed = _routed(mlp, number, work, self._experts, self._layout)
+            routed = _routed(mlp, number, work, self._experts, self._tiers[number])
             if mlp.shared is not None:
                 dense = _dense(source, mlp.shared, mlp.shared_gate, work)
         else:

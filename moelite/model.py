@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,15 +14,15 @@ from moelite.kv import KVCache
 from moelite.layers import (
     Builder,
     ExpertSource,
+    ExpertTiers,
     RopeTables,
     WeightSource,
-    expert_parts,
     load_matrix,
     load_norm,
 )
 from moelite.lookahead import Lookahead
 from moelite.program import Program
-from moelite.quant.base import F32, RecordLayout, pad
+from moelite.quant.base import F32, pad
 from moelite.routing import route
 from moelite.step import (
     HEAD,
@@ -53,7 +53,8 @@ class Decoder:
 
     on_route: told which experts each token selected, layer by layer. routes int32 [positions, MoE
     layers, K]: which experts each token takes, whatever the router says, beginning again after the
-    last position; None: those the router selects.
+    last position; None: those the router selects. low: a token's experts that are not in memory
+    are taken from the low plane.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Decoder:
         arch: Arch,
         source: WeightSource,
         experts: ExpertSource,
-        layout: RecordLayout,
+        tiers: Mapping[int, ExpertTiers],
         *,
         work: Workspace,
         kv: KVCache,
@@ -83,7 +84,7 @@ class Decoder:
         self._logits = np.zeros(pad(arch.vocab_size, 8), np.float32)
         self._guessing, self._missing = False, 0
         self._logits_of = -1  # the row of the last chunk that they belong to
-        ropes, build = RopeTables(arch, kv.context), Builder(arch, source, experts, layout)
+        ropes, build = RopeTables(arch, kv.context), Builder(arch, source, experts, tiers)
         layers = [build.layer(i, ropes, work, kv) for i in range(len(arch.layers))]
         table = np.array([words_of(layer) for layer in layers], np.int64).reshape(-1)
         assert table.size == len(layers) * LAYER_WORDS
@@ -104,10 +105,10 @@ class Decoder:
         )
         # words name arrays by their addresses: these own them
         self._program = np.array(words_of(program), np.int64)
-        self._kept = layers, program
+        self._kept = layers, program, tiers
+        self.low = any(found.low_tier >= 0 for found in tiers.values())
         self._at = int(self._program.ctypes.data)
-        parts = expert_parts(layout, experts.arena)
-        self._jobs = ExpertJobs(self._at, work, parts, experts.record_bytes)
+        self._jobs = ExpertJobs(self._at, work, tiers)
         per_layer = _active_weights(arch) // len(layers)
         self._made = time.perf_counter(), clock()
         self._alone_tokens = _ALONE // max(per_layer, 1)
@@ -132,7 +133,9 @@ class Decoder:
         rows = np.asarray(ids, np.int64)
         self.work.span[1] = tokens = rows.size
         self._logits_of, first, layers = -1, 0, len(self.arch.layers)
-        self._guessing = tokens == 1 and self.lookahead.wanted()
+        if tokens == 1 and self.low:
+            self._experts.admit()
+        self._guessing = tokens == 1 and not self.low and self.lookahead.wanted()
         guess = self.guess if self._guessing else NO_GUESS
         began, self._missing = time.perf_counter(), 0
         self._give(start, tokens)
@@ -186,12 +189,15 @@ class Decoder:
             self._given = {layer: rows[:, i] for i, layer in enumerate(layers)}
 
     def _settle(self, first: int, last: int) -> None:
-        """Tells the cache which experts one token used in layers first..last, all in memory."""
+        """Tells the cache which experts one token used in layers first..last without waiting."""
         for i in range(first, last):
             mlp = self.arch.layers[i].mlp
             if isinstance(mlp, MoE):
                 selected = self.work.selected[i, : mlp.router.top_k]
-                self._experts.touch(i, selected.tolist())
+                if self.low:
+                    self._experts.used(i, selected.tolist())
+                else:
+                    self._experts.touch(i, selected.tolist())
                 self._tell(i, selected[None])
 
     def _tell(self, layer: int, selected: I32) -> None:
@@ -226,7 +232,7 @@ class Decoder:
         for batch in self._experts.batches(layer, wanted):
             self._experts.prefetch(layer + 1, ahead)
             left -= len(batch)
-            ranked = [(wanted.index(expert), slot) for expert, slot in batch]
+            ranked = [(wanted.index(expert), expert, slot) for expert, slot in batch]
             self._run(self._jobs.one(layer, mlp, ranked, last=not left), tokens)
 
     def _route_many(self, layer: int, mlp: MoE, tokens: int) -> None:
@@ -244,8 +250,10 @@ class Decoder:
             left -= len(batch)
             target = np.concatenate([runs[e] for e, _ in batch])
             first = np.cumsum([0, *(runs[e].size for e, _ in batch)])
-            slots, rows = [slot for _, slot in batch], 0 if left else tokens
-            words, keep = self._jobs.many(mlp, slots, (target, first), weights.reshape(-1), rows)
+            experts, slots, rows = *zip(*batch, strict=True), 0 if left else tokens
+            words, keep = self._jobs.many(
+                layer, mlp, (experts, slots), (target, first), weights.reshape(-1), rows
+            )
             self._run(words, target.size, keep)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from moelite.arch import Arch, GatedMLP, MoE
-from moelite.budget import Footprint, Sizes, dense_bytes, expert_layout, plan, quotas
+from moelite.budget import Footprint, Sizes, dense_bytes, embed_bytes, plan
 from moelite.forecast import (
     Change,
     Forecast,
@@ -23,9 +23,10 @@ from moelite.forecast import (
     forecast,
 )
 from moelite.hitrates import prior
+from moelite.inventory import plan_layers
 from moelite.kv import kv_bytes
 from moelite.machine import POPULATED_BYTES, memory
-from moelite.quant import FORMATS
+from moelite.recipe import Recipe
 from moelite.speeds import (
     drive_rate,
     load_samples,
@@ -44,16 +45,16 @@ POINTS = 10
 def work_of(sizes: Sizes, position: int = PROMPT_TOKENS) -> Work:
     """What one token of an architecture takes in these formats, behind `position` others."""
     arch = sizes.arch
-    layout = expert_layout(arch, sizes.expert_format)
-    dense = dense_bytes(arch, sizes.dense_format)
+    experts = sum(entry.experts for entry in sizes.layers.values())
+    dense = dense_bytes(arch, sizes.dense)
     if not arch.tied:  # of the embeddings a token takes one row
-        dense -= FORMATS[sizes.dense_format].nbytes(arch.vocab_size, arch.hidden_size)
+        dense -= embed_bytes(arch, sizes.dense)
     dense += kv_bytes(arch, min(position, sizes.context), sizes.kv)
     moes = [layer.mlp for layer in arch.layers if isinstance(layer.mlp, MoE)]
     return Work(
         dense_bytes=dense,
-        expert_bytes=layout.payload_bytes,
-        record_bytes=layout.record_bytes,
+        expert_bytes=sum(entry.payload_bytes for entry in sizes.layers.values()) // experts,
+        record_bytes=sum(entry.record_bytes for entry in sizes.layers.values()) // experts,
         layers=len(arch.layers),
         moe=tuple((moe.num_experts, moe.router.top_k) for moe in moes),
         dense_macs=_dense_macs(arch),
@@ -80,7 +81,7 @@ def _dense_macs(arch: Arch) -> int:
 
 def setting_of(arch: Arch, found: Footprint) -> Setting:
     """How a plan runs."""
-    kept = quotas(arch, found.slots)
+    kept = found.slots.quotas
     return Setting(
         budget_bytes=found.budget_bytes,
         quotas=tuple(kept[layer] for layer in arch.moe_layers),
@@ -143,7 +144,7 @@ def outlook(
     """The forecast for a plan, or for the least budget if it does not fit."""
     arch, work = sizes.arch, work_of(sizes)
     least = _up(found.minimum_bytes)
-    now = found if found.slots >= 2 else plan(sizes, least)
+    now = found if found.slots.count > 1 else plan(sizes, least)
 
     def at(budget: int) -> Setting:
         return setting_of(arch, plan(sizes, budget))
@@ -195,8 +196,8 @@ def _changes(
         twice = replace(rate, low=2 * rate.low, likely=2 * rate.likely, high=2 * rate.high)
         faster = replace(here, drive_bytes_s=twice)
         out.append(Change(kind="drive", amount=2, work=work, setting=present, speeds=faster))
-    if sizes.expert_format != "int4":
-        small = replace(sizes, expert_format="int4")
+    small = replace(sizes, layers=plan_layers(sizes.arch, Recipe(experts="int4")), low=False)
+    if work_of(small).record_bytes < work.record_bytes:
         setting = setting_of(sizes.arch, plan(small, present.budget_bytes))
         work = work_of(small)
         out.append(Change(kind="experts", amount=4, work=work, setting=setting, speeds=here))

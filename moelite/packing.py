@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from moelite.arch import TensorRef
+from moelite.arch import MoE, TensorRef
 from moelite.checkpoint import Source, read
 from moelite.errors import BudgetError, MoeliteError, StoreError
 from moelite.inventory import DenseItem, Inventory
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
-from moelite.quant.base import TILE_ROWS, U8, QuantFormat
+from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat, check_weight
+from moelite.quant.record import RecordLayout, interleave, packed_parts
 from moelite.storefile import packed_bytes
 from moelite.tensorfile import pwrite_all
 from moelite.units import MIB, parse_bytes, show_bytes
@@ -48,17 +49,50 @@ def pack(
     A stacked or transposed tensor cannot be read by rows and is held whole meanwhile.
     """
     ref, rows, cols = matrix
-    whole = read(source, ref) if ref.stacked or ref.transpose else None
-    step = _chunk_rows(cols)
+    rows_of, step = _rows_of(source, ref), _chunk_rows(cols)
     for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        part = read(source, ref, start, stop) if whole is None else whole[start:stop]
-        try:
+        part = rows_of(start, min(rows, start + step))
+        with _naming(ref):
             fmt.pack_rows(packed, rows, cols, start, part)
-        except MoeliteError as problem:
-            raise type(problem)(f"tensor {ref.key!r}: {problem.message}", fix=problem.fix) from None
         if after is not None:
             after()
+
+
+def pack_expert(source: Source, mlp: MoE, expert: int, layout: RecordLayout) -> U8:
+    """The record of one expert, some rows at a time; gate and up interleaved as they are read."""
+    gate, up, down = mlp.experts.matrices
+    wide, fmt = FORMATS[layout.gate_up_format], FORMATS[layout.down_format]
+    record = np.zeros(layout.record_bytes, np.uint8)
+    both, rest = packed_parts(layout, record)
+    readers = [_rows_of(source, part.weight.at(expert)) for part in (gate, up)]
+    step = max(TILE_ROWS, _chunk_rows(gate.cols) // 2 // TILE_ROWS * TILE_ROWS)
+    for start in range(0, gate.rows, step):
+        parts = []
+        for part, rows_of in zip((gate, up), readers, strict=True):
+            with _naming(part.weight.at(expert)):
+                rows = rows_of(start, min(gate.rows, start + step))
+                parts.append(check_weight(wide.name, rows))
+        with _naming(gate.weight.at(expert)):
+            wide.pack_rows(both, *layout.gate_up_shape, 2 * start, interleave(*parts))
+    pack(fmt, source, (down.weight.at(expert), down.rows, down.cols), rest)
+    return record
+
+
+def _rows_of(source: Source, ref: TensorRef) -> Callable[[int, int], F32]:
+    """Reads rows start..stop of a matrix; one that cannot be read by rows is held whole."""
+    if not (ref.stacked or ref.transpose):
+        return lambda start, stop: read(source, ref, start, stop)
+    whole = read(source, ref)
+    return lambda start, stop: whole[start:stop]
+
+
+@contextmanager
+def _naming(ref: TensorRef) -> Iterator[None]:
+    """Errors inside name the tensor."""
+    try:
+        yield
+    except MoeliteError as problem:
+        raise type(problem)(f"tensor {ref.key!r}: {problem.message}", fix=problem.fix) from None
 
 
 def pack_dense(fd: int, offset: int, source: Source, item: DenseItem) -> None:
@@ -101,18 +135,17 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
     if ram is None:
         return wanted
     budget = parse_bytes(ram, total=psutil.virtual_memory().total)
-    for name in {inventory.experts, inventory.dense}:
-        FORMATS[name].pack(
-            np.ones((TILE_ROWS, 64), np.float32)
-        )  # compiles, so that it counts below
+    for name in inventory.formats:
+        FORMATS[name].pack(np.ones((TILE_ROWS, 64), np.float32))  # compiles: it counts below
     refs = [item.ref for item in inventory.items.values()]
     for mlp in inventory.layers.values():
         refs += [part.weight.at(0) for part in mlp.experts.matrices]
     columns = [item.spec.shape[-1] for item in inventory.items.values()]
-    columns += [inventory.layout.hidden_size, inventory.layout.expert_size]
+    layouts = [tier for entry in inventory.entries.values() for tier in entry.tiers]
+    columns += [layouts[0].hidden_size, layouts[0].expert_size]
     chunk = max(4 * cols * _chunk_rows(cols) for cols in columns)
-    each = 2 * inventory.layout.record_bytes + chunk * _PACK_FACTOR  # three parts, and the record
-    each += max(_held_bytes(source, ref) for ref in refs)
+    each = max(tier.record_bytes for tier in layouts) + chunk * _PACK_FACTOR
+    each += 2 * max(_held_bytes(source, ref) for ref in refs)  # gate and up at a time
     base = rss_bytes() + _SLACK_BYTES
     if base + each > budget:
         need = math.ceil((base + each) / MIB)

@@ -73,9 +73,9 @@ class LayerBuffers(NamedTuple):
 
 
 class FeedForward(NamedTuple):
-    """The matrices of gated feed-forward parts: a dense one, or experts that share an arena.
+    """The matrices of gated feed-forward parts: a dense one, or experts of one tier.
 
-    gate_up: gate and up interleaved tile by tile. Expert j's begins at
+    gate_up: gate and up interleaved tile by tile. Part j's begins at
     gate_up.packed[gate_up.base + base[j]], and so on, with `base` of the job.
     """
 
@@ -86,12 +86,14 @@ class FeedForward(NamedTuple):
 class FeedForwardJob(NamedTuple):
     """Which parts compute which rows: part j computes positions first[j] .. first[j + 1].
 
+    tier [parts]: which FeedForward of a table, whose shapes are all the same, a part is of.
     source [P] int32: activation row of position p. target [P] int32: row of `out` it writes.
     hidden: the Act [P] that feeds `down`. scratch float32 [threads * scratch_width]: a strip of
     gate_up's products, for all positions of a part. parts: how many of them, the length of base.
     """
 
     base: I64
+    tier: I32
     first: I64
     source: I32
     target: I32
@@ -123,32 +125,37 @@ class Sum(NamedTuple):
 class Routed(NamedTuple):
     """The routed experts of a layer as one token uses them. rule.top_k 0: the layer has none.
 
-    slots [E]: where in the arena an expert is, or -1. given [K]: experts to take whatever the
-    router says, or -1. selected, weights [K]: what was chosen. guessed [K]: what the layer before
-    expects it to choose. scores [E]: scratch. job.base, first and target are filled by the token's
-    step.
+    slots [E]: the page of the arena where an expert's record begins, or -1. tiers: the words of the
+    layer's FeedForwards; tier_of [E]: which of them an expert is. low_tier: the one that stands in
+    for an expert that is not in memory, or -1: its records, low_bytes each, all are. given [K]:
+    experts to take whatever the router says, or -1. selected, weights [K]: what was chosen. guessed
+    [K]: what the layer before expects it to choose. scores [E]: scratch. job.base, tier, first and
+    target are filled by the token's step.
     """
 
     rule: Rule
-    record_bytes: int
     slots: I32
+    tier_of: I32
+    low_tier: int
+    low_bytes: int
     given: I32
     selected: I32
     weights: F32
     guessed: I32
     scores: F32
-    parts: FeedForward
+    tiers: I64
     job: FeedForwardJob
     total: Sum
 
 
 class Dense(NamedTuple):
-    """A dense feed-forward part, or the shared expert; parts.down.rows 0: none.
+    """A dense feed-forward part, or the shared expert; total.size 0: none.
 
+    tiers: the words of its FeedForward.
     gate: the one-row matrix whose product with a token goes to gates [T * 8]; 0 rows: none.
     """
 
-    parts: FeedForward
+    tiers: I64
     job: FeedForwardJob
     total: Sum
     gate: Matrix

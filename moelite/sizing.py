@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,11 @@ from moelite.arch import Arch
 from moelite.attention import KVFormat
 from moelite.budget import Footprint, Sizes, plan
 from moelite.errors import UsageError
+from moelite.inventory import dense_items, plan_layers
 from moelite.machine import memory
 from moelite.models import build
+from moelite.recipe import Recipe, check_layers, choose
+from moelite.storefile import FileEntry, LayerEntry, Manifest
 from moelite.threads import default_threads
 from moelite.units import parse_bytes
 
@@ -48,46 +52,78 @@ def threads_of(threads: int | None) -> int:
 
 
 class Settings(NamedTuple):
-    """How a model is to be run; the formats are for what is not yet a store."""
+    """How a model is to be run. recipe: for what is not yet a store. low: keep the low plane."""
 
     context: int | None = None
     kv: KVFormat = "f16"
     threads: int | None = None
-    experts: str = "int4"
-    dense: str = "int8"
+    recipe: Recipe = Recipe()
+    low: bool = False
 
 
-def sizes_of(path: str | Path, settings: Settings) -> Sizes:
-    """What a budget is planned for, from headers alone."""
-    from moelite.convert import read_config
+class Stored(NamedTuple):
+    """What a store, or a recipe, adds to Sizes."""
 
-    config, formats, tokenizer_bytes = read_config(path, settings.experts, settings.dense)
-    arch = build(config)
-    return Sizes(
-        arch=arch,
-        expert_format=formats[0],
-        dense_format=formats[1],
-        tokenizer_bytes=tokenizer_bytes,
-        context=context_of(arch, settings.context),
-        kv=settings.kv,
-        threads=threads_of(settings.threads),
+    layers: Mapping[int, LayerEntry]
+    dense: Mapping[str, str]
+    tokenizer_bytes: int
+
+
+def stored(manifest: Manifest) -> Stored:
+    """What a store tells of its sizes."""
+    nothing = FileEntry(bytes=0, sha256="")
+    return Stored(
+        manifest.layers,
+        {key: spec.format for key, spec in manifest.tensors.items()},
+        manifest.files.get("tokenizer.json", nothing).bytes,
     )
 
 
-def footprint(
+def sizes_of(path: str | Path, settings: Settings) -> Sizes:
+    """What a budget is planned for, from headers alone.
+
+    path: a store, which keeps its own formats, or a checkpoint as `convert.open_source` takes it.
+    """
+    from moelite.convert import read_config
+
+    found = read_config(path)
+    arch = build(found.config)
+    if found.manifest is not None:
+        parts = stored(found.manifest)
+    else:
+        check_layers(settings.recipe, arch)
+        parts = Stored(
+            plan_layers(arch, settings.recipe),
+            {item.ref.key: item.spec.format for item in dense_items(arch, settings.recipe)},
+            found.tokenizer_bytes,
+        )
+    return Sizes(
+        arch=arch,
+        **parts._asdict(),
+        context=context_of(arch, settings.context),
+        kv=settings.kv,
+        threads=threads_of(settings.threads),
+        low=settings.low,
+    )
+
+
+def footprint(  # noqa: PLR0913 - what `load` takes, and the formats of what is no store yet
     path: str | Path,
     *,
     ram: str | int | None = None,
     context: int | None = None,
     kv: KVFormat = "f16",
     threads: int | None = None,
-    experts: str = "int4",
-    dense: str = "int8",
+    experts: str | None = None,
+    dense: str | None = None,
+    recipe: str | Recipe | None = None,
+    low: bool = False,
 ) -> Footprint:
     """What the model at `path` takes, from headers alone; see Footprint.
 
     path: a store, or a checkpoint folder, hub id or "smollm2-moe", as if quantized to `experts` and
-    `dense` (a store keeps its own formats).
+    `dense`, or by `recipe` (a store keeps its own formats). low: with the low plane in memory, as
+    `load(on_miss="low")`.
     """
-    asked = Settings(context=context, kv=kv, threads=threads, experts=experts, dense=dense)
+    asked = Settings(context, kv, threads, choose(recipe, experts, dense), low)
     return plan(sizes_of(path, asked), budget_of(ram))

@@ -172,7 +172,7 @@ def speeds(
         assert memory_bytes_s is not None
         weights = around(memory_bytes_s.likely * _DECODE_SHARE, 0.4, "estimated")
     if macs is None:
-        fmt = machine.expert_format
+        fmt = machine.expert_format.partition(" + ")[0]  # that of most bytes
         rate = _PREFILL_MACS.get(fmt, _PREFILL_MACS["f32"]) * machine.threads
         macs = Rate(0.5 * _NARROW * rate, 0.8 * rate, 1.2 * rate, "estimated")
     return Speeds(

@@ -17,8 +17,8 @@ from moelite import ops
 from moelite.dispatch import unpack_row
 from moelite.jit import entry, inlined, inner, kernel
 from moelite.kernels import attention, feed_forward, first_row, head, product, query_matrix
-from moelite.program import FeedForward, FeedForwardJob, LayerWords, Program, Sum
-from moelite.quant.base import Act
+from moelite.program import FeedForwardJob, LayerWords, Program, Sum
+from moelite.quant.base import PAGE, Act
 from moelite.raw import address, call, i64_at, ticks
 from moelite.routing import route_row
 from moelite.sync import (
@@ -45,21 +45,21 @@ LAYER_PHASES = 20  # the most that a layer takes, 18, and room for embedding and
 # how the next layer's experts are guessed: not at all, its router applied to this layer's router
 # input, or to the residual normed by the next layer's norm
 NO_GUESS, OWN_NORM, NEXT_NORM = range(3)
-JOB_WORDS = 96  # the longest job, EXPERTS, has 78
+JOB_WORDS = 96  # the longest job, EXPERTS, has 66
 
 
 LAYER_WORDS = size_of(LayerWords)
 _PROGRAM_WORDS = size_of(Program)
 
 _program = reader(Program, "program")
-_parts = reader(FeedForward, "parts")
 _expert_job = reader(FeedForwardJob, "expert_job")
 _act = reader(Act, "act")
 _sum = reader(Sum, "sum")
-_JOB_AT = size_of(FeedForward)
+_JOB_AT = 2  # behind the tiers
 _ACT_AT = _JOB_AT + size_of(FeedForwardJob)
 _SUM_AT = _ACT_AT + size_of(Act)
-# where in the words of an EXPERTS job its number of parts, its weights' address and its tokens are
+# where in the words of an EXPERTS job its tiers, number of parts, weights' address and tokens are
+EXPERTS_TIERS = 2
 EXPERTS_PARTS = 2 + _JOB_AT + offset_of(FeedForwardJob, "parts")
 EXPERTS_WEIGHTS = 2 + _SUM_AT + offset_of(Sum, "weights")
 EXPERTS_TOKENS = 2 + _SUM_AT + size_of(Sum)
@@ -68,7 +68,7 @@ _buffers, _router_matrix = field(LayerWords, "buffers"), field(LayerWords, "atte
 _post_norm = field(LayerWords, "attention.post_norm")
 _routed, _dense_part = field(LayerWords, "routed"), field(LayerWords, "dense")
 _top_k = field(LayerWords, "routed.rule.top_k")
-_dense_rows = field(LayerWords, "dense.parts.down.rows")
+_dense_rows = field(LayerWords, "dense.total.size")
 
 
 @inner
@@ -101,16 +101,19 @@ def _router(crew, phase, table, at, tokens):
 
 @inner
 def _choose_one(table, at):
-    # one token's experts, and where they are; whether one is missing
+    # one token's experts, and where they are; whether one is missing that nothing stands in for
     routed, logits = _routed(table, at), _buffers(table, at).router_logits
     job, out = routed.job, (routed.selected, routed.weights, 0)
     route_row(logits, 0, routed.rule, routed.given, routed.scores, out)
     missing = False
     for k in range(routed.rule.top_k):
-        slot = np.int64(routed.slots[routed.selected[k]])
-        if slot < 0:
-            missing = True
-        job.base[k] = slot * routed.record_bytes
+        expert = np.int64(routed.selected[k])
+        job.base[k] = np.int64(routed.slots[expert]) * PAGE
+        job.tier[k] = routed.tier_of[expert]
+        if job.base[k] < 0:
+            job.base[k] = expert * routed.low_bytes
+            job.tier[k] = routed.low_tier
+            missing = missing or routed.low_tier < 0
         job.first[k + 1] = k + 1
         job.target[k] = k
     return missing
@@ -181,7 +184,8 @@ def _feed(sync, size, slot, team, tid, phase, words, count, at, what, tokens, af
     crew, table = Crew(i64_at(sync, size), slot, team, tid), i64_at(words, count)
     most = tokens
     if what == BATCH:
-        parts, job = _parts(table, at), _expert_job(table, at + _JOB_AT)
+        tiers = i64_at(table[at], table[at + 1])
+        job = _expert_job(table, at + _JOB_AT)
         act, total = _act(table, at + _ACT_AT), _sum(table, at + _SUM_AT)
         most = np.int64(1)
         for j in range(job.parts):
@@ -191,14 +195,14 @@ def _feed(sync, size, slot, team, tid, phase, words, count, at, what, tokens, af
         act = io.normed
         if what == ROUTED:
             routed = _routed(table, at)
-            parts, job, total = routed.parts, routed.job, routed.total
+            tiers, job, total = routed.tiers, routed.job, routed.total
         else:
             dense = _dense_part(table, at)
-            parts, job, total = dense.parts, dense.job, dense.total
+            tiers, job, total = dense.tiers, dense.job, dense.total
             to = tokens, dense.gates, 8
             product(crew, phase, dense.gate, act, io.rows, to, after)
             phase += 1
-    feed_forward(crew, phase, parts, act, job, total, (most, tokens, after))
+    feed_forward(crew, phase, tiers, act, job, total, (most, tokens, after))
 
 
 _ALONE: dict[str, tuple[Any, int]] = {"attention": (_attention, 11), "feed": (_feed, 12)}

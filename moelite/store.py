@@ -21,9 +21,10 @@ from moelite.errors import StoreError
 from moelite.quant.base import ALIGN, U8
 from moelite.storefile import (
     DENSE,
-    EXPERTS,
+    LOW,
     MANIFEST,
     PARTIAL,
+    LayerEntry,
     Manifest,
     describe,
     layer_file,
@@ -62,12 +63,15 @@ class Store:
         self.path = path
         self.manifest = manifest
         self.config = config
-        self.layout = manifest.layout
-        self.expert_format = manifest.experts
+        self.layers = manifest.layers
+        self.expert_format = manifest.experts  # in words
         self.dense_format = manifest.dense
+        self.formats = {spec.format for spec in manifest.tensors.values()}
+        self.formats |= {name for entry in self.layers.values() for name in entry.formats}
         self.direct = False
         self._files: dict[str, tuple[int, Header]] = {}
         self._checked: set[ExpertKey] = set()
+        self._places = {layer: _places(entry) for layer, entry in manifest.layers.items()}
         self._lock = threading.Lock()
 
     @classmethod
@@ -126,32 +130,47 @@ class Store:
         return out
 
     def read_record(self, key: ExpertKey, out: U8, *, verify: bool = False) -> None:
-        """One expert's record into out[:record_bytes].
+        """One expert's record into the first bytes of `out`, as many as its layout says.
 
         verify: also compare with the checksum taken when it was written. Raises StoreError naming
         file, layer and expert for a short read, a damaged record, or an expert that is not there.
         """
-        size = self.layout.record_bytes
         what = f"layer {key.layer} expert {key.expert}"
-        name = layer_file(key.layer)
-        if not 0 <= key.expert < self.manifest.layers.get(key.layer, 0):
+        name, places = layer_file(key.layer), self._places.get(key.layer, [])
+        if not 0 <= key.expert < len(places):
             raise StoreError(f"{self.path / name}: {what} is not in this store")
+        tensor, row, size, index = places[key.expert]
         if out.dtype != np.uint8 or out.ndim != 1 or out.size < size:
             raise ValueError(f"a record takes {size} bytes, not {out.dtype} {out.shape}")
         fd, header = self._open(name)
-        info = header.tensors.get(EXPERTS, _NOTHING)
-        if info.nbytes != size * self.manifest.layers[key.layer]:
+        info = header.tensors.get(tensor, _NOTHING)
+        if not row * size < info.nbytes or info.nbytes % size:
             raise StoreError(f"{self.path / name}: {what}: the file holds other records")
-        place = (name, what, key.expert if verify else None)
-        self._fill(fd, out[:size], info.offset + key.expert * size, place)
+        place = (name, what, index if verify else None)
+        self._fill(fd, out[:size], info.offset + row * size, place)
 
-    def load_record(self, key: ExpertKey, out: U8) -> None:
-        """As `read_record`; verified the first time that this Store reads the expert.
+    def load_record(self, key: ExpertKey, out: U8) -> int:
+        """As `read_record`; verified the first time that this Store reads the expert. Its bytes.
 
         Damage on the disk thus never reaches a token, and costs nothing from then on.
         """
         self.read_record(key, out, verify=key not in self._checked)
         self._checked.add(key)
+        return self._places[key.layer][key.expert][2]
+
+    def read_low(self, layer: int, out: U8) -> None:
+        """The low plane of a layer, verified, into the first low_bytes of `out`, a record apart."""
+        entry, name = self.layers[layer], layer_file(layer)
+        assert entry.low is not None, "see LayerEntry.low"
+        size = entry.low.record_bytes
+        fd, header = self._open(name)
+        info = header.tensors.get(LOW, _NOTHING)
+        if info.nbytes != entry.low_bytes:
+            raise StoreError(f"{self.path / name}: the file holds another low plane")
+        for expert in range(entry.experts):
+            at = expert * size
+            place = name, f"layer {layer} expert {expert}, low plane", entry.experts + expert
+            self._fill(fd, out[at : at + size], info.offset + at, place)
 
     def sidecars(self) -> dict[str, bytes]:
         """The checkpoint's small files (config, tokenizer, template) by name."""
@@ -166,13 +185,21 @@ class Store:
         entry = self.manifest.files[name]
         header = read_header(self.path / name, StoreError) if entry.crc32 else None
         found = describe(self.path / name, list(spans(header)) if header else [])
-        names = list(header.tensors) if header else []
         for i, (want, got) in enumerate(zip(entry.crc32, found.crc32, strict=False)):
             if want != got:
-                part = f"tensor {names[i]!r}" if name == DENSE else f"expert {i}"
+                names = list(header.tensors) if header else []
+                part = f"tensor {names[i]!r}" if name == DENSE else self._part(name, i)
                 raise _damaged(self.path / name, part)
         if found != entry:
             raise _damaged(self.path / name, "the file")
+
+    def _part(self, name: str, index: int) -> str:
+        # what checksum `index` of a layer's file is of
+        layer = next(layer for layer in self.layers if layer_file(layer) == name)
+        for expert, (_, _, _, number) in enumerate(self._places[layer]):
+            if number == index:
+                return f"expert {expert}"
+        return f"expert {index - self.layers[layer].experts}, low plane"
 
     def close(self) -> None:
         """Close the files; reads afterwards open them again."""
@@ -210,6 +237,19 @@ class Store:
             )
         if index is not None and crc32(out) != self.manifest.files[name].crc32[index]:
             raise _damaged(self.path / name, what)
+
+
+def _places(entry: LayerEntry) -> list[tuple[str, int, int, int]]:
+    """(tensor, row, record bytes, number of its checksum) of each expert of a layer."""
+    first, before = [], 0
+    for tier in range(len(entry.tiers)):
+        first.append(before)
+        before += entry.tier_of.count(tier)
+    found = []
+    for expert, tier in enumerate(entry.tier_of):
+        tensor, row = entry.place(expert)
+        found.append((tensor, row, entry.tiers[tier].record_bytes, first[tier] + row))
+    return found
 
 
 _NOTHING = TensorInfo(dtype="", shape=(), offset=0, nbytes=0)

@@ -9,20 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moelite.errors import StoreError
-from moelite.quant.base import PAGE, RecordLayout, record_layout
+from moelite.quant.base import PAGE
+from moelite.quant.record import RecordLayout, record_layout
 from moelite.tensorfile import Header, build_header
 
-VERSION = 2
+VERSION = 3
 MANIFEST = "moelite.json"
 PARTIAL = "moelite.partial.json"
 DENSE = "dense.safetensors"
-EXPERTS = "experts"  # the one tensor of a layer file
+EXPERTS = "experts"  # the tensor of a tier: "experts.1" of the second, and so on
+LOW = "experts.low"  # the plane that stands in for experts that are not in memory
 _JSON_LIMIT = 100_000_000  # bytes
 _PLAIN = {"f32": "F32", "bf16": "BF16"}  # formats that are a safetensors dtype
 _CHUNK = 1 << 20
@@ -63,15 +66,91 @@ class DenseSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEntry:
+    """How the experts of one MoE layer are stored.
+
+    tiers: the layouts in use, one tensor of the layer's file each; tier_of [E]: which of them an
+    expert is in; it is the row that counts the experts of its tier before it. low: the layout of
+    the plane that holds every expert once more, in few bits; None if there is none.
+    """
+
+    tiers: tuple[RecordLayout, ...]
+    tier_of: tuple[int, ...]
+    low: RecordLayout | None = None
+
+    @property
+    def experts(self) -> int:
+        return len(self.tier_of)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What any expert of the layer fits in."""
+        return max(tier.record_bytes for tier in self.tiers)
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of all records, without the low plane."""
+        return sum(self.tiers[t].record_bytes for t in self.tier_of)
+
+    @property
+    def payload_bytes(self) -> int:
+        """As `record_bytes`, without what fills a record's last page."""
+        return sum(self.tiers[t].payload_bytes for t in self.tier_of)
+
+    @property
+    def low_bytes(self) -> int:
+        """Bytes of the low plane."""
+        return 0 if self.low is None else self.experts * self.low.record_bytes
+
+    @property
+    def formats(self) -> set[str]:
+        """Every format in use."""
+        layouts = self.tiers if self.low is None else (*self.tiers, self.low)
+        return {name for layout in layouts for name in layout.formats}
+
+    def layout_of(self, expert: int) -> RecordLayout:
+        return self.tiers[self.tier_of[expert]]
+
+    def place(self, expert: int) -> tuple[str, int]:
+        """(tensor of the layer's file, row) of an expert's record."""
+        tier = self.tier_of[expert]
+        return tier_tensor(tier), self.tier_of[:expert].count(tier)
+
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The tensors of the layer's file, in order: safetensors (dtype, shape)."""
+        found: dict[str, tuple[str, tuple[int, ...]]] = {
+            tier_tensor(i): ("U8", (self.tier_of.count(i), tier.record_bytes))
+            for i, tier in enumerate(self.tiers)
+        }
+        if self.low is not None:
+            found[LOW] = "U8", (self.experts, self.low.record_bytes)
+        return found
+
+
+def tier_tensor(tier: int) -> str:
+    """Name of a tier's tensor in a layer's file."""
+    return f"{EXPERTS}.{tier}" if tier else EXPERTS
+
+
+def format_label(layers: Iterable[LayerEntry]) -> str:
+    """Formats of routed experts in words: "int4", "int4 + vq-1", the one of most bytes first."""
+    sizes: Counter[str] = Counter()
+    for layer in layers:
+        for tier in layer.tier_of:
+            for name in layer.tiers[tier].formats:
+                sizes[name] += layer.tiers[tier].record_bytes
+    return " + ".join(name for name, _ in sorted(sizes.items(), key=lambda x: (-x[1], x[0])))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """moelite.json. layers: {MoE layer: its number of experts}; fingerprint: of the checkpoint."""
+    """moelite.json. recipe: what was asked for, as JSON; layers: {MoE layer: how it is stored};
+    fingerprint: of the checkpoint."""
 
     source: str
     fingerprint: str
-    experts: str
-    dense: str
-    layout: RecordLayout
-    layers: dict[int, int]
+    recipe: dict[str, Any]
+    layers: dict[int, LayerEntry]
     classes: tuple[TensorClass, ...]
     tensors: dict[str, DenseSpec]
     files: dict[str, FileEntry]
@@ -80,6 +159,19 @@ class Manifest:
     def params(self) -> int:
         """Weights in all."""
         return sum(c.params for c in self.classes)
+
+    @property
+    def experts(self) -> str:
+        """Formats of routed experts, in words."""
+        return format_label(self.layers.values())
+
+    @property
+    def dense(self) -> str:
+        """Formats of the dense matrices, in words, the one of most tensors first."""
+        counts = Counter(spec.format for spec in self.tensors.values() if len(spec.shape) == 2)
+        del counts["f32"]  # routers, whatever the recipe
+        found = sorted(counts.items(), key=lambda x: (-x[1], x[0]))
+        return " + ".join(name for name, _ in found) or "f32"
 
 
 def layer_file(layer: int) -> str:
@@ -101,12 +193,9 @@ def dense_tensor(spec: DenseSpec) -> tuple[str, tuple[int, ...]]:
     return "U8", (packed_bytes(spec.format, spec.shape),)
 
 
-def layer_header(experts: int, record_bytes: int) -> tuple[bytes, int]:
-    """Header of a layer file and the offset of its first record, both multiples of PAGE."""
-    header, offsets = build_header(
-        {EXPERTS: ("U8", (experts, record_bytes))}, {"format": "moelite"}, PAGE
-    )
-    return header, offsets[EXPERTS]
+def layer_header(entry: LayerEntry) -> tuple[bytes, dict[str, int]]:
+    """Header of a layer file and the offset of each tensor's first record, multiples of PAGE."""
+    return build_header(entry.tensors(), {"format": "moelite"}, PAGE)
 
 
 def dense_header(tensors: dict[str, DenseSpec]) -> tuple[bytes, dict[str, int]]:
@@ -127,7 +216,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     """moelite.json."""
     raw: dict[str, Any] = {"store_version": VERSION, "params": manifest.params}
     raw |= {f.name: getattr(manifest, f.name) for f in fields(manifest)}
-    raw["layout"] = asdict(manifest.layout)
+    raw["layers"] = {str(layer): asdict(entry) for layer, entry in manifest.layers.items()}
     raw["classes"] = [asdict(c) for c in manifest.classes]
     raw["tensors"] = {k: asdict(spec) for k, spec in manifest.tensors.items()}
     raw["files"] = {name: file_json(entry) for name, entry in manifest.files.items()}
@@ -145,6 +234,16 @@ def file_entry(raw: dict[str, Any]) -> FileEntry:
     crc = raw["crc32"]
     parts = tuple(int(crc[i : i + 8], 16) for i in range(0, len(crc), 8))
     return FileEntry(bytes=int(raw["bytes"]), sha256=str(raw["sha256"]), crc32=parts)
+
+
+def layer_entry(raw: dict[str, Any]) -> LayerEntry:
+    """A LayerEntry from JSON."""
+    low = raw.get("low")
+    return LayerEntry(
+        tiers=tuple(RecordLayout(**tier) for tier in raw["tiers"]),
+        tier_of=tuple(int(tier) for tier in raw["tier_of"]),
+        low=None if low is None else RecordLayout(**low),
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -177,10 +276,8 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest(
             source=str(raw["source"]),
             fingerprint=str(raw["fingerprint"]),
-            experts=str(raw["experts"]),
-            dense=str(raw["dense"]),
-            layout=RecordLayout(**raw["layout"]),
-            layers=dict(sorted((int(k), int(v)) for k, v in raw["layers"].items())),
+            recipe=dict(raw["recipe"]),
+            layers=dict(sorted((int(k), layer_entry(v)) for k, v in raw["layers"].items())),
             classes=tuple(TensorClass(**c) for c in raw["classes"]),
             tensors={
                 k: DenseSpec(format=v["format"], shape=tuple(int(n) for n in v["shape"]))
@@ -198,24 +295,27 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _check_formats(manifest: Manifest) -> None:
-    """Kernels trust the layout, so it must be the one that the format computes."""
+    """Kernels trust the layouts, so they must be those that the formats compute."""
     from moelite.quant import FORMATS
 
-    layout = manifest.layout
-    want = record_layout(FORMATS[manifest.experts], layout.hidden_size, layout.expert_size)
-    if layout != want:
-        raise ValueError(f"the record layout is {layout}, not {want}")
-    if not manifest.layers or min(manifest.layers) < 0 or min(manifest.layers.values()) < 1:
-        raise ValueError("there is a layer without experts")
+    if not manifest.layers or min(manifest.layers) < 0:
+        raise ValueError("there is no layer of experts")
+    for number, entry in manifest.layers.items():
+        if not entry.tier_of or {*range(len(entry.tiers))} != set(entry.tier_of):
+            raise ValueError(f"layer {number}: the experts' tiers are {entry.tier_of}")
+        for layout in entry.tiers if entry.low is None else (*entry.tiers, entry.low):
+            want = record_layout(layout.formats, layout.hidden_size, layout.expert_size)
+            if layout != want:
+                raise ValueError(f"layer {number}: the record layout is {layout}, not {want}")
     for key, spec in manifest.tensors.items():
         if spec.format not in FORMATS or not 1 <= len(spec.shape) <= 2 or min(spec.shape) < 1:
             raise ValueError(f"tensor {key!r} is {spec.format} {spec.shape}")
 
 
 def spans(header: Header) -> Iterator[tuple[int, int]]:
-    """(offset, bytes) of the parts that have a checksum: each tensor, or each row of EXPERTS."""
+    """(offset, bytes) of the parts that have a checksum: each tensor, or each row of a tier."""
     for name, info in header.tensors.items():
-        count = info.shape[0] if name == EXPERTS and len(info.shape) == 2 else 1
+        count = info.shape[0] if name.startswith(EXPERTS) and len(info.shape) == 2 else 1
         for i in range(count):
             yield info.offset + i * (info.nbytes // count), info.nbytes // count
 

@@ -52,7 +52,7 @@ def workspace_bytes(arch: Arch, chunk: int, threads: int) -> int:
         total += act_bytes(chunk, cols, quantized=True)
     for count, inner in _mlp_shapes(arch, chunk):
         total += act_bytes(count, inner, quantized=True)
-    routes = 16 * len(arch.layers) * top_k + 8 * experts + 24 * top_k + 8 * max(top_k, 1) + 32
+    routes = 16 * len(arch.layers) * top_k + 8 * experts + 20 * top_k + 16 * max(top_k, 1) + 32
     routes += act_bytes(1, arch.hidden_size, quantized=False)
     return total + 4 * threads * _scratch(arch, chunk) + routes
 
@@ -65,7 +65,7 @@ class Workspace:
     hidden[(rows, inner)]: Act of each feed-forward part. scratch [threads, ...].
     start [1] int64: 0. span [2] int64: 0 and the number of tokens in work. selected, weights
     [layers, K]: one token's experts; given [layers, K]: those it has to take, or -1; guessed
-    [layers, K]: as the layer before expects them; ahead: what that takes; expert_base,
+    [layers, K]: as the layer before expects them; ahead: what that takes; expert_base, expert_tier,
     expert_first, expert_target, zeros [K]: their job; router_scores [E].
     """
 
@@ -105,9 +105,10 @@ class Workspace:
         )
         self.router_scores = np.zeros(experts, np.float32)
         self.expert_base = np.zeros(max(top_k, 1), np.int64)
+        self.expert_tier = np.zeros(max(top_k, 1), np.int32)
         self.expert_first = np.zeros(top_k + 1, np.int64)
         self.expert_target = np.zeros(top_k, np.int32)
-        self.zeros = np.zeros(top_k, np.int32)
+        self.zeros = np.zeros(max(top_k, 1), np.int32)
         # positions 0..n: the source, target and place of rows that stay where they are
         self.rows = np.arange(max(chunk * max(top_k, 1), 1), dtype=np.int32)
 

@@ -1,4 +1,4 @@
-"""What a format is: how one [O, I] matrix lies in a run of bytes, and how a record holds three.
+"""What a format is: how one [O, I] matrix lies in a run of bytes.
 
 Every format offers `nbytes`, `pack` and `unpack` (numpy: the definition) and, in the same file, the
 numba kernel that multiplies straight from the bytes.
@@ -7,7 +7,6 @@ numba kernel that multiplies straight from the bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -258,57 +257,3 @@ def put_half(out: U8, half: int, part: U8, tile_bytes: int) -> None:
 def take_half(both: U8, half: int, nbytes: int, tile_bytes: int) -> U8:
     """The packed matrix of `nbytes` that `put_half` wrote."""
     return both.reshape(-1, 2, tile_bytes)[:, half].reshape(-1)[:nbytes].copy()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordLayout:
-    """Where the matrices of one expert lie in its record.
-
-    gate_up: gate and up, both [expert_size, hidden_size], interleaved tile by tile, so that the
-    kernel reads them as one stream and has both halves of an activation at hand. down is
-    [hidden_size, expert_size]. All in `format`. Offsets are bytes from the record's start;
-    record_bytes is a multiple of PAGE.
-    """
-
-    format: str
-    hidden_size: int
-    expert_size: int
-    gate_up: int
-    down: int
-    payload_bytes: int
-    record_bytes: int
-
-
-def record_layout(fmt: QuantFormat, hidden_size: int, expert_size: int) -> RecordLayout:
-    """The layout of one expert of `fmt`: gate and up, then down, each on a cache line."""
-    wide = pad(fmt.nbytes(pair_rows(expert_size), hidden_size), ALIGN)
-    payload = wide + fmt.nbytes(hidden_size, expert_size)
-    return RecordLayout(
-        format=fmt.name,
-        hidden_size=hidden_size,
-        expert_size=expert_size,
-        gate_up=0,
-        down=wide,
-        payload_bytes=payload,
-        record_bytes=pad(payload, PAGE),
-    )
-
-
-def fill_record(fmt: QuantFormat, layout: RecordLayout, gate: U8, up: U8, down: U8) -> U8:
-    """The record [record_bytes] of one expert, from its packed matrices."""
-    record = np.zeros(layout.record_bytes, np.uint8)
-    both = record[: fmt.nbytes(pair_rows(layout.expert_size), layout.hidden_size)]
-    tile = fmt.tile_bytes(layout.hidden_size)
-    put_half(both, 0, gate, tile)
-    put_half(both, 1, up, tile)
-    record[layout.down : layout.payload_bytes] = down
-    return record
-
-
-def open_record(fmt: QuantFormat, layout: RecordLayout, record: U8) -> tuple[U8, U8, U8]:
-    """(gate, up, down), packed, of a record."""
-    shape = (layout.expert_size, layout.hidden_size)
-    both = record[: fmt.nbytes(pair_rows(shape[0]), shape[1])]
-    tile, size = fmt.tile_bytes(shape[1]), fmt.nbytes(*shape)
-    down = record[layout.down : layout.payload_bytes].copy()
-    return take_half(both, 0, size, tile), take_half(both, 1, size, tile), down

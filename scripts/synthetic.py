@@ -27,9 +27,11 @@ from moelite.errors import StoreError, UsageError
 from moelite.inventory import DenseItem, Inventory, take_inventory
 from moelite.models import build
 from moelite.packing import new_file, replace_file
-from moelite.quant import FORMATS, int8
-from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8, fill_record
+from moelite.quant import int8
+from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8
 from moelite.quant.int4_pack import LAYOUT, TABLE, write_heads
+from moelite.quant.record import packed_parts
+from moelite.recipe import Recipe
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
@@ -275,7 +277,7 @@ def write_store(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError(f"{out} is not empty", fix="name a new folder, or delete this one")
     source = RandomSource(config, name, seed)
-    inventory = take_inventory(source, *formats)
+    inventory = take_inventory(source, Recipe(experts=formats[0], dense=formats[1]))
     out.mkdir(parents=True, exist_ok=True)
     files: dict[str, FileEntry] = {}
     for file, data in source.files.items():
@@ -299,10 +301,8 @@ def _manifest(
     return Manifest(
         source=source.source,
         fingerprint=inventory.fingerprint,
-        experts=inventory.experts,
-        dense=inventory.dense,
-        layout=inventory.layout,
-        layers={i: mlp.num_experts for i, mlp in inventory.layers.items()},
+        recipe=inventory.recipe.as_json(),
+        layers=inventory.entries,
         classes=inventory.classes,
         tensors={key: item.spec for key, item in inventory.items.items()},
         files=dict(sorted(files.items())),
@@ -336,18 +336,16 @@ def _dense_bytes(item: DenseItem, arch: Arch, rng: np.random.Generator) -> U8:
 
 
 def _layer(path: Path, inventory: Inventory, layer: int, seed: int) -> None:
-    layout, experts = inventory.layout, inventory.layers[layer].num_experts
-    header, at = layer_header(experts, layout.record_bytes)
-    wide, tall = (layout.expert_size, layout.hidden_size), (layout.hidden_size, layout.expert_size)
-    inner, outer = std_of(wide[1]), std_of(tall[1], len(inventory.arch.layers))
-    parts = (wide, inner), (wide, inner), (tall, outer)
-    fmt, size = FORMATS[layout.format], layout.record_bytes
-    with new_file(path, at + experts * size) as fd:
+    entry = inventory.entries[layer]
+    header, offsets = layer_header(entry)
+    with new_file(path, len(header) + entry.record_bytes) as fd:
         pwrite_all(fd, header, 0)
-        for expert in range(experts):
-            rng = generator(seed, 2, layer, expert)
-            packed = [np.zeros(fmt.nbytes(*shape), np.uint8) for shape, _ in parts]
-            for part, (shape, std) in zip(packed, parts, strict=True):
-                random_packed(layout.format, shape, std, rng, part)
-            record = fill_record(fmt, layout, *packed)
-            pwrite_all(fd, record.data, at + expert * size)
+        for expert in range(entry.experts):
+            layout, (tensor, row) = entry.layout_of(expert), entry.place(expert)
+            rng, record = generator(seed, 2, layer, expert), np.zeros(layout.record_bytes, np.uint8)
+            wide, down = packed_parts(layout, record)
+            std = std_of(layout.hidden_size)
+            random_packed(layout.gate_up_format, layout.gate_up_shape, std, rng, wide)
+            std = std_of(layout.expert_size, len(inventory.arch.layers))
+            random_packed(layout.down_format, layout.down_shape, std, rng, down)
+            pwrite_all(fd, record.data, offsets[tensor] + row * layout.record_bytes)

@@ -35,7 +35,7 @@ def expert_use(path: Path, *, tokens: int = 64, seed: int = 0) -> list[LayerUse]
         def count(layer: int, selected: np.ndarray) -> None:
             np.add.at(counts[layer], selected.reshape(-1), 1)
 
-        counts.update({i: np.zeros(n, np.int64) for i, n in model.store.manifest.layers.items()})
+        counts.update({i: np.zeros(e.experts, np.int64) for i, e in model.store.layers.items()})
         model.on_route = count
         session = model.session()
         for token in generator(seed, 3).integers(0, model.arch.vocab_size, tokens):

@@ -19,7 +19,7 @@ import tokenizers
 from chat_templates import CHATML
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from moelite.budget import Footprint, Part
+from moelite.budget import Footprint, Part, Slots
 from moelite.cache.stats import CacheStats
 from moelite.forecast import Decode, Forecast, Help, Point, Rate, Speeds
 from moelite.lookahead import Lookahead
@@ -71,8 +71,9 @@ def fake_footprint(context: int) -> Footprint:
         experts_total=240,
         experts_resident=120,
         experts_bytes=960 * MIB,
+        resident_bytes=480 * MIB,
         record_bytes=4 * MIB,
-        slots=122,
+        slots=Slots(quotas={0: 120}, floating={4 * MIB: 2}),
         context=context,
         chunk=64,
         threads=2,

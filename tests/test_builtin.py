@@ -18,7 +18,7 @@ import moelite
 from moelite import demo
 from moelite.errors import DownloadError
 from moelite.quant import FORMATS
-from moelite.quant.base import open_record
+from moelite.quant.record import unpack_record
 from moelite.store import ExpertKey, Store
 from moelite.units import MIB
 
@@ -176,23 +176,21 @@ def unpacked(folder: Path, out: Path) -> Path:
     """An ordinary float32 checkpoint of the numbers that a store holds."""
     save_file = pytest.importorskip("safetensors.numpy").save_file
     store = Store.open(folder)
-    experts, tensors = FORMATS[store.expert_format], {}
+    tensors = {}
     for key in store.dense_keys():
         entry, packed = store.dense_entry(key), store.read_dense(key)
         plain = len(entry.shape) == 1
         tensors[key] = (
             packed.view(np.float32) if plain else FORMATS[entry.format].unpack(packed, *entry.shape)
         )
-    wide = store.layout.expert_size, store.layout.hidden_size
-    record = np.empty(store.layout.record_bytes, np.uint8)
-    for layer, count in store.manifest.layers.items():
-        for expert in range(count):
+    for layer, entry in store.layers.items():
+        record = np.empty(entry.slot_bytes, np.uint8)
+        for expert in range(entry.experts):
             store.read_record(ExpertKey(layer, expert), record)
             name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}"
-            parts = zip(("w1", "w3", "w2"), open_record(experts, store.layout, record), strict=True)
-            for part, packed in parts:
-                shape = wide[::-1] if part == "w2" else wide
-                tensors[f"{name}.{part}.weight"] = experts.unpack(packed, *shape)
+            parts = unpack_record(entry.layout_of(expert), record)
+            for part, weight in zip(("w1", "w3", "w2"), parts, strict=True):
+                tensors[f"{name}.{part}.weight"] = weight
     out.mkdir()
     for name, data in store.sidecars().items():
         (out / name).write_bytes(data)

@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from moelite import foresee
-from moelite.budget import Footprint, Part
+from moelite.budget import Footprint, Part, Slots
 from moelite.cli import footprint as command
 from moelite.cli.bars import Segment, bar, cells
 from moelite.forecast import Forecast
@@ -37,8 +37,9 @@ FITS = Footprint(
     experts_total=400,
     experts_resident=152,
     experts_bytes=400 * 16 * MIB,
+    resident_bytes=152 * 16 * MIB,
     record_bytes=16 * MIB,
-    slots=160,
+    slots=Slots(quotas={0: 152}, floating={16 * MIB: 8}),
     context=4096,
     chunk=64,
     threads=2,
@@ -52,7 +53,8 @@ SMALL = replace(
     budget_bytes=800 * MIB,
     fits=False,
     experts_resident=0,
-    slots=0,
+    resident_bytes=0,
+    slots=Slots(quotas={0: 0}, floating={16 * MIB: 0}),
 )
 
 
@@ -161,7 +163,7 @@ def test_the_options_reach_the_estimate(run) -> None:
     _, (model, options) = run(FITS, "m", "--ram", "4GiB", "--context", "99", "--experts", "f32")
     assert model == "m"
     assert options["ram"] == "4GiB"
-    assert (options["context"], options["experts"], options["dense"]) == (99, "f32", "int8")
+    assert (options["context"], options["experts"], options["dense"]) == (99, "f32", None)
 
 
 def test_json_is_the_footprint(run) -> None:

@@ -23,6 +23,8 @@ from moelite.errors import BudgetError, UsageError
 from moelite.evaluate import scoring_bytes
 from moelite.forecast import Forecast
 from moelite.lookahead import Lookahead
+from moelite.quant.record import record_layout
+from moelite.storefile import LayerEntry
 from moelite.units import MIB
 
 V = 64
@@ -53,11 +55,13 @@ class FakeModel:
         self.footprint = SimpleNamespace(
             budget_bytes=NEED, experts_resident=3, experts_total=8, threads=2
         )
-        layout = SimpleNamespace(
-            hidden_size=32, expert_size=64, payload_bytes=3 * 32 * 64, record_bytes=8192
-        )
+        entry = LayerEntry(tiers=(record_layout(("int8", "int8"), 256, 256),), tier_of=(0, 0))
         self.store = SimpleNamespace(
-            layout=layout, expert_format="int8", dense_format="int8", path=Path(name), direct=True
+            layers={0: entry},
+            expert_format="int8",
+            dense_format="int8",
+            path=Path(name),
+            direct=True,
         )
 
     def session(self) -> FakeModel:
@@ -216,7 +220,7 @@ def test_bench_json_holds_what_scripts_rely_on(world) -> None:
     for key in ("prefill_tok_s", "decode_tok_s", "ttft_s", "peak_rss_bytes"):
         assert found[key] > 0
     assert set(found["experts"]) >= {"hits", "misses", "bytes_read", "wait_s"}
-    assert found["expert_bpw"] == 8.0
+    assert found["expert_bpw"] == 8.5
     assert found["threads"] == 2
     assert set(found["decode_ms"]) == {"experts", "read wait", "interpreter"}
 
@@ -225,6 +229,6 @@ def test_bench_prints_every_run_and_the_median(world) -> None:
     result = call(bench_command.bench, "good", "--prompt", 8, "--gen", 3, "--repeat", 2)
     rows = [line.split()[0] for line in result.stdout.splitlines()[1:4]]
     assert rows == ["1", "2", "median"]
-    assert "experts int8 (8.0 bpw)" in result.stdout
+    assert "experts int8 (8.5 bpw)" in result.stdout
     assert "a token reads 4.0 MiB of weights: " in result.stdout
     assert "memory gave to 2 threads right after (8.0 GiB/s)" in result.stdout

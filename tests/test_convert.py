@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_checkpoint import MIXTRAL, QWEN3_MOE, weights, write_checkpoint
+from tiny_checkpoint import MIXTRAL, QWEN3_MOE, layout_of, weights, write_checkpoint
 
 from moelite import convert, packing
 from moelite.arch import TensorRef
@@ -74,7 +74,7 @@ def test_the_report_adds_up(tmp_path: Path) -> None:
     assert report.bytes_before == 2 * sum(t.size for t in tensors.values())
     routed = rows["routed experts"]
     assert (routed.format, routed.tensors, routed.params) == ("int4", 36, 2 * 6 * 3 * 64 * 40)
-    record = Store.open(tmp_path / "store").layout.record_bytes
+    record = layout_of(Store.open(tmp_path / "store")).record_bytes
     assert routed.bytes_after == 12 * record
     assert routed.bpw == 8 * 12 * record / routed.params
     assert (rows["router"].format, rows["router"].bpw) == ("f32", 32)
@@ -285,8 +285,8 @@ def test_a_store_of_another_version(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     out.mkdir()
     for name in ("moelite.partial.json", "moelite.json"):
-        (out / name).write_text(json.dumps({"store_version": 3}))
-        with pytest.raises(StoreError, match="version 3; this moelite reads version 2"):
+        (out / name).write_text(json.dumps({"store_version": 4}))
+        with pytest.raises(StoreError, match="version 4; this moelite reads version 3"):
             quantize(model, out, ram=None)
 
 
@@ -370,9 +370,11 @@ def test_peak_memory_stays_below_the_budget(tmp_path: Path) -> None:
 
 
 def test_read_config(model: Path, tmp_path: Path) -> None:
-    assert read_config(model, "bf16", "f32") == (MIXTRAL, ("bf16", "f32"), 18)
+    assert read_config(model) == (MIXTRAL, 18, None)
     quantize(model, tmp_path / "store", ram=None)
-    assert read_config(tmp_path / "store", "bf16", "f32") == (MIXTRAL, ("int4", "int8"), 18)
+    found = read_config(tmp_path / "store")
+    assert found[:2] == (MIXTRAL, 18)
+    assert (found.manifest.experts, found.manifest.dense) == ("int4", "int8")
 
 
 def test_the_built_in_model_by_name(

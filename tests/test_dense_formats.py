@@ -27,7 +27,7 @@ def test_a_dense_format_from_quantize_to_logits(tmp_path: Path, dense: str) -> N
     assert before.exit_code == 0, before.output
     result = run(app, ["quantize", str(tmp_path / "model"), str(tmp_path / "store"), *recipe])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.output)["dense"] == dense
+    assert json.loads(result.output)["recipe"]["dense"] == dense
     store = Store.open(tmp_path / "store")
     formats = {key: store.dense_entry(key).format for key in store.dense_keys()}
     kept = {key for key in formats if "norm" in key or ".gate." in key}
@@ -40,7 +40,7 @@ def test_a_dense_format_from_quantize_to_logits(tmp_path: Path, dense: str) -> N
     held = sum(store.dense_entry(key).nbytes for key in store.dense_keys())
     store.close()
     with load(tmp_path / "store", ram="1GiB", context=32, threads=1) as model:
-        assert dense_bytes(model.arch, dense) == held
+        assert dense_bytes(model.arch, model.sizes.dense) == held
         promised = json.loads(before.output)["parts"][2]
         assert promised == {"name": "dense weights", "bytes": held, "basis": "exact"}
         assert np.isfinite(model.forward([1, 2, 3])).all()

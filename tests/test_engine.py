@@ -12,7 +12,7 @@ import pytest
 import tiny_checkpoint
 
 import moelite
-from moelite.budget import RUNTIME_BYTES, Footprint, dense_bytes, quotas
+from moelite.budget import RUNTIME_BYTES, Footprint, dense_bytes
 from moelite.cache import replay
 from moelite.engine import Model
 from moelite.errors import BudgetError, CheckpointError, UsageError
@@ -90,7 +90,7 @@ def test_counters_equal_an_offline_replay(store: Path) -> None:
             session.append(IDS[:9])
             for i in IDS[9:]:
                 session.append([i])
-            stats, share = model.stats(), quotas(model.arch, model.footprint.slots)
+            stats, share = model.stats(), model.footprint.slots.quotas
         assert replay(trace, share) == (stats.hits, stats.misses)
         assert stats.hits > 0
         assert stats.misses > 0
@@ -175,7 +175,7 @@ def test_buffers_have_the_promised_size(store: Path) -> None:
         kv = KVCache(model.arch, 64, "f16")
         assert size(kv.k) + size(kv.v) == kv_bytes(model.arch, 64, "f16") == parts["kv"]
         dense = sum(model.store.dense_entry(k).nbytes for k in model.store.dense_keys())
-        assert dense == dense_bytes(model.arch, model.store.dense_format) == parts["dense weights"]
+        assert dense == dense_bytes(model.arch, model.sizes.dense) == parts["dense weights"]
         assert model.experts.arena.size == parts["experts"]
         assert model.footprint.used_bytes <= model.footprint.budget_bytes
 
@@ -195,7 +195,7 @@ def test_footprint_of_checkpoint_and_store_agree(store: Path) -> None:
 def test_below_the_minimum_it_refuses_with_the_minimum(store: Path) -> None:
     minimum = least(store).minimum_bytes
     with moelite.load(store, ram=minimum, context=64, threads=2) as model:
-        assert model.footprint.slots == 2
+        assert model.footprint.slots.count == 2
     with pytest.raises(BudgetError, match="needs at least") as refused:
         moelite.load(store, ram=minimum - 1, context=64, threads=2)
     assert refused.value.exit_code == 3

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_checkpoint
+from tiny_checkpoint import layout_of
 
 import moelite
 from moelite import engine, tensorfile
@@ -48,8 +49,8 @@ def decode(model: moelite.Model) -> np.ndarray:
 def record_at(store: Path, expert: int) -> tuple[int, int]:
     """(offset, bytes) of a record of LAYER."""
     opened = Store.open(store)
-    size = opened.layout.record_bytes
-    start = (store / LAYER).stat().st_size - opened.manifest.layers[2] * size
+    size = layout_of(opened).record_bytes
+    start = (store / LAYER).stat().st_size - opened.layers[2].experts * size
     return start + expert * size, size
 
 
@@ -63,7 +64,7 @@ def flip(store: Path, expert: int) -> None:
 
 
 def every_expert(store: Path, harm: Callable[[Path, int], None]) -> None:
-    for expert in range(Store.open(store).manifest.layers[2]):
+    for expert in range(Store.open(store).layers[2].experts):
         harm(store, expert)
 
 

@@ -26,8 +26,10 @@ from moelite.forecast import (
     prefill_seconds,
 )
 from moelite.hitrates import CURVES, interpolate, prior, recorded, uniform
+from moelite.inventory import dense_items, plan_layers
 from moelite.models import build
 from moelite.outlook import outlook, work_of
+from moelite.recipe import Recipe
 from moelite.units import MIB
 
 # 1 MB of dense weights, 2 layers of 4 experts of which 2 are used, each 1 MB, on disk 1 MB
@@ -230,11 +232,21 @@ def test_a_trace_counts_as_measured() -> None:
 # --- a whole model --------------------------------------------------------------------------------
 
 
-def sizes(**changes: object) -> Sizes:
+def sizes(experts: str = "int4", *, coarse: bool = False, **changes: object) -> Sizes:
+    """The tiny model; coarse: with records of 8 MiB, so that a MiB of budget does not hold all."""
+    arch, recipe = build(tiny_checkpoint.QWEN3_MOE), Recipe(experts=experts, dense="int4")
+    layers = plan_layers(arch, recipe)
+    if coarse:
+        layers = {
+            number: replace(
+                entry, tiers=tuple(replace(tier, record_bytes=8 * MIB) for tier in entry.tiers)
+            )
+            for number, entry in layers.items()
+        }
     found = Sizes(
-        arch=build(tiny_checkpoint.QWEN3_MOE),
-        expert_format="int4",
-        dense_format="int4",
+        arch=arch,
+        layers=layers,
+        dense={item.ref.key: item.spec.format for item in dense_items(arch, recipe)},
         tokenizer_bytes=0,
         context=64,
         kv="f16",
@@ -243,30 +255,17 @@ def sizes(**changes: object) -> Sizes:
     return replace(found, **changes)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of 8 MiB, so that a MiB of budget does not hold the whole tiny model."""
-    from moelite import budget
-
-    real = budget.expert_layout
-
-    def layout(*arguments: object):
-        return replace(real(*arguments), record_bytes=8 * MIB)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(budget, "expert_layout", layout)
-    monkeypatch.setattr(outlook_module, "expert_layout", layout)
-
-
-def test_cliffs_and_curve(coarse: None) -> None:
-    at_least = plan(sizes(), 1).minimum_bytes
-    found = outlook(sizes(), plan(sizes(), at_least + 20 * MIB), uniform(), SPEEDS)
-    moes = work_of(sizes()).moe
+def test_cliffs_and_curve() -> None:
+    model = sizes(coarse=True)
+    at_least = plan(model, 1).minimum_bytes
+    found = outlook(model, plan(model, at_least + 20 * MIB), uniform(), SPEEDS)
+    moes = work_of(model).moe
     for budget, enough in (
         (found.resident_bytes, [experts for experts, _ in moes]),
         (found.working_set_bytes, [k for _, k in moes]),
     ):
         for less, holds in ((0, True), (MIB, False)):
-            setting = outlook_module.setting_of(sizes().arch, plan(sizes(), budget - less))
+            setting = outlook_module.setting_of(model.arch, plan(model, budget - less))
             kept = [q >= n for q, n in zip(setting.quotas, enough, strict=True)]
             assert all(kept) is holds
     budgets = [point.budget_bytes for point in found.curve]
@@ -278,16 +277,17 @@ def test_cliffs_and_curve(coarse: None) -> None:
     assert found.curve[-1].hit_rate == 1
 
 
-def test_what_helps_is_sorted_and_quantified(coarse: None) -> None:
-    at_least = plan(sizes(), 1).minimum_bytes
-    found = outlook(sizes(), plan(sizes(), at_least), uniform(), SPEEDS)
+def test_what_helps_is_sorted_and_quantified() -> None:
+    model = sizes(coarse=True)
+    at_least = plan(model, 1).minimum_bytes
+    found = outlook(model, plan(model, at_least), uniform(), SPEEDS)
     gains = [h.gain for h in found.helps]
     assert gains == sorted(gains, reverse=True)
     helps = {h.kind: h for h in found.helps}
     assert helps["resident"].budget_bytes == found.resident_bytes
     assert helps["resident"].decode_tok_s == pytest.approx(found.curve[-1].decode_tok_s)
     assert helps["drive"].gain > 1.2
-    whole = outlook(sizes(), plan(sizes(), found.resident_bytes), uniform(), SPEEDS)
+    whole = outlook(model, plan(model, found.resident_bytes), uniform(), SPEEDS)
     assert whole.helps == ()
 
 
@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_told_for_the_least_budget() -> None:
 
 
 def test_a_smaller_format_takes_fewer_bytes() -> None:
-    small, large = work_of(sizes()), work_of(sizes(expert_format="int8"))
+    small, large = work_of(sizes()), work_of(sizes("int8"))
     assert small.expert_bytes < large.expert_bytes
     assert small.dense_bytes == large.dense_bytes
     assert work_of(sizes(), position=8).dense_bytes < small.dense_bytes

@@ -44,7 +44,7 @@ LAYERS = (
         },
         *{"kv", "rope", "workspace", "threads", "sampling", "tokenizer", "template", "sandbox"},
         *{"jit", "tensorfile", "machine", "process", "drive"},
-        *{"forecast", "hitrates", "speeds"},
+        *{"forecast", "hitrates", "speeds", "recipe"},
     },
     {"errors", "units", "notes"},
 )

@@ -18,11 +18,14 @@ from moelite.quant.base import (
     Job,
     QuantFormat,
     empty_packed,
-    fill_record,
-    open_record,
     pad,
-    pair_rows,
+)
+from moelite.quant.record import (
+    fill_record,
+    interleave,
+    packed_parts,
     record_layout,
+    unpack_record,
 )
 
 # Largest squared error over squared weight on normal weights: what each format promises.
@@ -246,25 +249,26 @@ def test_a_tile_is_one_run_of_bytes() -> None:
 
 
 def test_record_layout_is_whole_pages_and_cache_lines() -> None:
-    layout = record_layout(FORMATS["int4"], 72, 40)
+    layout = record_layout(("int4", "int8"), 72, 40)
     assert layout.record_bytes % 4096 == 0
     assert layout.down % 64 == 0
     assert layout.down >= 2 * FORMATS["int4"].nbytes(40, 72)
-    assert layout.payload_bytes == layout.down + FORMATS["int4"].nbytes(72, 40)
+    assert layout.payload_bytes == layout.down + FORMATS["int8"].nbytes(72, 40)
 
 
 @each_format
 @pytest.mark.parametrize("size", [40, 33, 7])
 def test_a_record_gives_its_matrices_back(fmt: QuantFormat, size: int) -> None:
     """And its first part is a matrix of its own: 8 rows of gate, 8 of up, 8 of gate, ..."""
-    gate, up, down = weights(size, 72, 1), weights(size, 72, 2), weights(72, size, 3)
-    layout, parts = record_layout(fmt, 72, size), [fmt.pack(w) for w in (gate, up, down)]
-    record = fill_record(fmt, layout, *parts)
-    for part, found in zip(parts, open_record(fmt, layout, record), strict=True):
-        np.testing.assert_array_equal(part, found)
-    rows = pair_rows(size)
-    both = fmt.unpack(record[: fmt.nbytes(rows, 72)], rows, 72)
-    full = np.zeros((2, pad(size, 8), 72), np.float32)
-    full[0, :size], full[1, :size] = (fmt.unpack(p, size, 72) for p in parts[:2])
-    want = full.reshape(2, -1, 8, 72).transpose(1, 0, 2, 3).reshape(rows, 72)
-    np.testing.assert_array_equal(both, want)
+    parts = weights(size, 72, 1), weights(size, 72, 2), weights(72, size, 3)
+    layout = record_layout((fmt.name, fmt.name), 72, size)
+    wide, down = fmt.pack(interleave(*parts[:2])), fmt.pack(parts[2])
+    record = fill_record(layout, wide, down)
+    for part, found in zip(parts, unpack_record(layout, record), strict=True):
+        np.testing.assert_array_equal(fmt.unpack(fmt.pack(part), *part.shape), found)
+    both = fmt.unpack(packed_parts(layout, record)[0], *layout.gate_up_shape)
+    first = min(size, 8)
+    gate = fmt.unpack(fmt.pack(parts[0]), size, 72)
+    np.testing.assert_array_equal(both[:first], gate[:first])
+    if size >= 8:
+        np.testing.assert_array_equal(both[8:16], fmt.unpack(fmt.pack(parts[1]), size, 72)[:8])

@@ -11,7 +11,6 @@ import tiny_checkpoint
 from test_trace import random_routes
 
 import moelite
-from moelite.budget import quotas
 from moelite.cache import replay
 from moelite.cache.policy import count
 from moelite.cache.trace import Trace, write_trace
@@ -75,7 +74,7 @@ def test_the_counter_of_a_forced_run_equals_the_replay(store: Path) -> None:
             routes = routes_for(model)
             model.force_routes(routes)
             one_by_one(model, IDS)
-            share = quotas(model.arch, model.footprint.slots)
+            share = model.footprint.slots.quotas
             want, got = count(trace_of(routes, model), list(share.values())), model.stats()
             assert (got.hits, got.misses) == (want.hits, want.misses)
             assert got.hits + got.misses == routes.size
@@ -85,7 +84,7 @@ def test_the_counter_of_a_free_run_equals_the_replay_of_its_trace(store: Path) -
     for budget in budgets(store):
         with moelite.load(store, ram=budget, context=64) as model:
             routes = record(model, IDS, chunk=1)
-            share = quotas(model.arch, model.footprint.slots)
+            share = model.footprint.slots.quotas
             want, got = count(trace_of(routes, model), list(share.values())), model.stats()
             assert (got.hits, got.misses) == (want.hits, want.misses)
 
@@ -149,7 +148,7 @@ def test_bench_with_a_route_hits_like_the_replay(store: Path, tmp_path: Path, ca
     """Of its only run: everything but the prefill, from what the warm-up and the prompt left."""
     file = tmp_path / "t.jsonl"
     with moelite.load(store, ram=budgets(store)[1], context=64) as model:
-        routes, share = routes_for(model), quotas(model.arch, model.footprint.slots)
+        routes, share = routes_for(model), model.footprint.slots.quotas
         experts = EXPERTS[store.name]
     write_trace(file, routes)
     sizes = ["--prompt", "9", "--gen", "12", "--repeat", "1", "--context", "64"]

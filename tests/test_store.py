@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny_checkpoint import MIXTRAL, QWEN3_MOE, weights, write_checkpoint
+from tiny_checkpoint import MIXTRAL, QWEN3_MOE, layout_of, weights, write_checkpoint
 
 from moelite.convert import quantize
 from moelite.errors import StoreError
 from moelite.quant import FORMATS
-from moelite.quant.base import record_layout
+from moelite.quant.record import record_layout
 from moelite.store import ExpertKey, Store
 from moelite.tensorfile import build_header, pread_into, read_header
 
@@ -34,10 +34,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def record(store: Store, layer: int, expert: int, *, verify: bool = False) -> np.ndarray:
-    out = np.full(store.layout.record_bytes + 7, 9, np.uint8)
+    out = np.full(layout_of(store).record_bytes + 7, 9, np.uint8)
     store.read_record(ExpertKey(layer, expert), out, verify=verify)
-    assert (out[store.layout.record_bytes :] == 9).all()
-    return out[: store.layout.record_bytes]
+    assert (out[layout_of(store).record_bytes :] == 9).all()
+    return out[: layout_of(store).record_bytes]
 
 
 def flip(path: Path, at: int) -> None:
@@ -58,7 +58,7 @@ def edit(folder: Path, **changes: Any) -> None:
 
 def test_a_layer_file_byte_by_byte(folder: Path) -> None:
     data = (folder / LAYER).read_bytes()
-    layout = record_layout(FORMATS["int4"], 64, 96)
+    layout = record_layout(("int4", "int4"), 64, 96)
     start = 8 + int.from_bytes(data[:8], "little")
     assert start == 4096
     assert data[8:9] == b"{"
@@ -131,8 +131,8 @@ def test_dense_tensors(tmp_path: Path, config: dict[str, Any], dense: str) -> No
 
 def test_the_manifest_tells_the_facts(folder: Path) -> None:
     raw = json.loads((folder / "moelite.json").read_text())
-    assert raw["store_version"] == 2
-    assert (raw["source"], raw["experts"], raw["dense"]) == ("model", "int4", "int8")
+    assert raw["store_version"] == 3
+    assert (raw["source"], raw["recipe"]) == ("model", {"experts": "int4", "dense": "int8"})
     tensors = weights(MIXTRAL)
     assert raw["params"] == sum(t.size for t in tensors.values())
     on_disk = {p.name for p in folder.iterdir()} - {"moelite.json"}
@@ -141,7 +141,7 @@ def test_the_manifest_tells_the_facts(folder: Path) -> None:
         data = (folder / name).read_bytes()
         assert entry["bytes"] == len(data)
         assert entry["sha256"] == hashlib.sha256(data).hexdigest()
-    size = raw["layout"]["record_bytes"]
+    size = raw["layers"]["0"]["tiers"][0]["record_bytes"]
     data = (folder / LAYER).read_bytes()[4096:]
     crcs = [zlib.crc32(data[i * size : (i + 1) * size]) for i in range(4)]
     assert raw["files"][LAYER]["crc32"] == "".join(f"{c:08x}" for c in crcs)
@@ -245,7 +245,7 @@ def test_an_expert_that_is_not_there(folder: Path) -> None:
 
 def test_a_damaged_record_is_named(folder: Path) -> None:
     store = Store.open(folder)
-    flip(folder / LAYER, 4096 + store.layout.record_bytes * 3 + 17)
+    flip(folder / LAYER, 4096 + layout_of(store).record_bytes * 3 + 17)
     record(store, 2, 2, verify=True)
     with pytest.raises(StoreError, match=rf"{LAYER}: layer 2 expert 3 is damaged"):
         record(store, 2, 3, verify=True)
@@ -289,7 +289,7 @@ def test_a_file_cut_short_or_missing(folder: Path) -> None:
 
 def test_a_layer_file_of_another_shape(folder: Path) -> None:
     store = Store.open(folder)
-    size = store.layout.record_bytes
+    size = layout_of(store).record_bytes
     header, _ = build_header({"experts": ("U8", (4 * size,))}, {"format": "moelite"}, 4096)
     header2, _ = build_header({"other": ("U8", (4, size))}, {"format": "moelite"}, 4096)
     data = (folder / LAYER).read_bytes()
@@ -302,19 +302,19 @@ def test_a_layer_file_of_another_shape(folder: Path) -> None:
 
 def test_another_version_names_both(folder: Path) -> None:
     edit(folder, store_version=7)
-    with pytest.raises(StoreError, match=r"version 7; this moelite reads version 2"):
+    with pytest.raises(StoreError, match=r"version 7; this moelite reads version 3"):
         Store.open(folder)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"layout": {"format": "int4"}},
         {"layers": {"0": "many"}},
         {"layers": {}},
-        {"layers": {"0": 0}},
+        {"layers": {"0": {"tiers": [], "tier_of": []}}},
+        {"layers": {"0": {"tiers": [], "tier_of": [0, 0]}}},
         {"layers": {"9": 4}},
-        {"experts": "int3"},
+        {"recipe": "int3"},
         {"tensors": {"x": {"format": "int8", "shape": []}}},
         {"tensors": {"x": {"format": "zip", "shape": [3, 4]}}},
         {"tensors": {"x": {"format": "int8", "shape": [3, -4]}}},
@@ -332,7 +332,8 @@ def test_a_damaged_manifest(folder: Path, changes: dict[str, Any]) -> None:
 
 def test_the_layout_must_be_the_formats(folder: Path) -> None:
     raw = json.loads((folder / "moelite.json").read_text())
-    edit(folder, layout=raw["layout"] | {"down": raw["layout"]["down"] + 64})
+    raw["layers"]["1"]["tiers"][0]["down"] += 64
+    edit(folder, layers=raw["layers"])
     with pytest.raises(StoreError, match="the record layout is"):
         Store.open(folder)
 

@@ -14,13 +14,15 @@ import pytest
 import synthetic
 import synthetic_routing
 from synthetic_gguf import random_blocks, write_gguf
+from tiny_checkpoint import layout_of
 
 from moelite.bench import bench
 from moelite.engine import load
 from moelite.errors import StoreError, UsageError
 from moelite.models import build
 from moelite.quant import FORMATS
-from moelite.quant.base import empty_packed, open_record
+from moelite.quant.base import empty_packed
+from moelite.quant.record import unpack_record
 from moelite.store import ExpertKey, Store
 
 SMALL = {
@@ -134,13 +136,11 @@ def test_what_adds_to_the_residual_is_smaller(tmp_path: Path) -> None:
         entry = store.dense_entry(key)
         weight = FORMATS[entry.format].unpack(store.read_dense(key), *entry.shape)
         found[name] = weight.std() * np.sqrt(weight.shape[1])
-    record = np.empty(store.layout.record_bytes, np.uint8)
+    record = np.empty(layout_of(store).record_bytes, np.uint8)
     store.read_record(ExpertKey(3, 5), record)
     store.close()
-    inner, outer = store.layout.expert_size, store.layout.hidden_size
-    _, up, down = open_record(FORMATS["int4"], store.layout, record)
-    found["up"] = FORMATS["int4"].unpack(up, inner, outer).std() * np.sqrt(outer)
-    found["down"] = FORMATS["int4"].unpack(down, outer, inner).std() * np.sqrt(inner)
+    _, up, down = unpack_record(layout_of(store), record)
+    found["up"], found["down"] = (w.std() * np.sqrt(w.shape[1]) for w in (up, down))
     want = {"self_attn.q_proj": 1, "self_attn.o_proj": 1 / 4, "up": 1, "down": 1 / 4}
     assert found == pytest.approx(want, rel=0.1)
 
@@ -154,18 +154,16 @@ def test_int8_codes_never_are_minus_128() -> None:
 
 def test_no_two_experts_are_alike(tmp_path: Path) -> None:
     store = Store.open(write(tmp_path, small(num_hidden_layers=2)))
-    record = np.empty(store.layout.record_bytes, np.uint8)
-    rows, cols = store.layout.expert_size, store.layout.hidden_size
+    record = np.empty(layout_of(store).record_bytes, np.uint8)
     found = []
     for key in (ExpertKey(layer, expert) for layer in range(2) for expert in range(16)):
         store.read_record(key, record)
-        for packed in open_record(FORMATS["int4"], store.layout, record)[:2]:
-            weight = FORMATS["int4"].unpack(packed, rows, cols)
-            found.append(weight.reshape(-1))
+        gate, up, _ = unpack_record(layout_of(store), record)
+        found += [gate.reshape(-1), up.reshape(-1)]
     store.close()
     like = np.corrcoef(found)
     np.fill_diagonal(like, 0)
-    assert np.abs(like).max() < 6 / np.sqrt(rows * cols)
+    assert np.abs(like).max() < 6 / np.sqrt(found[0].size)
 
 
 def test_a_seed_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from moelite.quant.record import RecordLayout
+from moelite.store import Store
+
 MIXTRAL: dict[str, Any] = {
     "model_type": "mixtral",
     "architectures": ["MixtralForCausalLM"],
@@ -154,3 +157,8 @@ def write_checkpoint(
         index = {"metadata": {}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return tensors
+
+
+def layout_of(store: Store) -> RecordLayout:
+    """The layout of the records of a store whose experts are all in one format."""
+    return next(iter(store.layers.values())).tiers[0]
