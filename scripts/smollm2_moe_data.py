@@ -60,6 +60,7 @@ def fetch(folder: Path) -> None:
             subprocess.run(["apt-get", "download", package], cwd=folder, check=True)
         target = folder / "x" / package
         if not target.exists():
+            target.parent.mkdir(exist_ok=True)
             deb = next(folder.glob(f"{package}_*.deb"))
             subprocess.run(["dpkg-deb", "-x", deb, target], check=True)
 
