@@ -49,7 +49,7 @@ def pack(
     """
     ref, rows, cols = matrix
     whole = read(source, ref) if ref.stacked or ref.transpose else None
-    step = _chunk_rows(cols)
+    step = rows if fmt.whole else _chunk_rows(cols)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         part = read(source, ref, start, stop) if whole is None else whole[start:stop]
