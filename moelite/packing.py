@@ -20,8 +20,8 @@ from moelite.errors import BudgetError, MoeliteError, StoreError
 from moelite.inventory import DenseItem, Inventory
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat, check_weight
-from moelite.quant.record import RecordLayout, interleave, packed_parts
+from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat
+from moelite.quant.record import RecordLayout, fill_record, join
 from moelite.storefile import packed_bytes
 from moelite.tensorfile import pwrite_all
 from moelite.units import MIB, parse_bytes, show_bytes
@@ -49,7 +49,7 @@ def pack(
     A stacked or transposed tensor cannot be read by rows and is held whole meanwhile.
     """
     ref, rows, cols = matrix
-    rows_of, step = _rows_of(source, ref), _chunk_rows(cols)
+    rows_of, step = _rows_of(source, ref), rows if fmt.whole else _chunk_rows(cols)
     for start in range(0, rows, step):
         part = rows_of(start, min(rows, start + step))
         with _naming(ref):
@@ -59,23 +59,15 @@ def pack(
 
 
 def pack_expert(source: Source, mlp: MoE, expert: int, layout: RecordLayout) -> U8:
-    """The record of one expert, some rows at a time; gate and up interleaved as they are read."""
-    gate, up, down = mlp.experts.matrices
-    wide, fmt = FORMATS[layout.gate_up_format], FORMATS[layout.down_format]
-    record = np.zeros(layout.record_bytes, np.uint8)
-    both, rest = packed_parts(layout, record)
-    readers = [_rows_of(source, part.weight.at(expert)) for part in (gate, up)]
-    step = max(TILE_ROWS, _chunk_rows(gate.cols) // 2 // TILE_ROWS * TILE_ROWS)
-    for start in range(0, gate.rows, step):
-        parts = []
-        for part, rows_of in zip((gate, up), readers, strict=True):
-            with _naming(part.weight.at(expert)):
-                rows = rows_of(start, min(gate.rows, start + step))
-                parts.append(check_weight(wide.name, rows))
-        with _naming(gate.weight.at(expert)):
-            wide.pack_rows(both, *layout.gate_up_shape, 2 * start, interleave(*parts))
-    pack(fmt, source, (down.weight.at(expert), down.rows, down.cols), rest)
-    return record
+    """The record of one expert, some rows at a time."""
+    packed = []
+    names = (layout.gate_up_format, layout.gate_up_format, layout.down_format)
+    for part, name in zip(mlp.experts.matrices, names, strict=True):
+        out = np.zeros(FORMATS[name].nbytes(part.rows, part.cols), np.uint8)
+        pack(FORMATS[name], source, (part.weight.at(expert), part.rows, part.cols), out)
+        packed.append(out)
+    gate, up, down = packed
+    return fill_record(layout, join(layout, gate, up), down)
 
 
 def _rows_of(source: Source, ref: TensorRef) -> Callable[[int, int], F32]:
@@ -144,8 +136,11 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
     layouts = [tier for entry in inventory.entries.values() for tier in entry.tiers]
     columns += [layouts[0].hidden_size, layouts[0].expert_size]
     chunk = max(4 * cols * _chunk_rows(cols) for cols in columns)
-    each = max(tier.record_bytes for tier in layouts) + chunk * _PACK_FACTOR
-    each += 2 * max(_held_bytes(source, ref) for ref in refs)  # gate and up at a time
+    if any(FORMATS[name].whole for name in inventory.formats):
+        chunk = max(chunk, 4 * layouts[0].hidden_size * layouts[0].expert_size)
+    # three parts, gate and up joined, the record
+    each = 3 * max(tier.record_bytes for tier in layouts) + chunk * _PACK_FACTOR
+    each += max(_held_bytes(source, ref) for ref in refs)
     base = rss_bytes() + _SLACK_BYTES
     if base + each > budget:
         need = math.ceil((base + each) / MIB)

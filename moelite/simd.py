@@ -207,6 +207,19 @@ load_i8x32 = _loader(i8x32, _B32, _same)
 load_i8_as_f32 = _loader(
     f32x8, ir.VectorType(ir.IntType(8), 8), lambda b, v: b.sitofp(b.sext(v, _I8), _F8)
 )  # 8 signed bytes
+
+
+def _half_power(b: Any, v: Any) -> Any:
+    wide = b.zext(v, _I8)
+    one, two = ir.Constant(_I8, [1] * 8), ir.Constant(_I8, [2] * 8)
+    normal = b.shl(b.sub(wide, one), ir.Constant(_I8, [23] * 8))
+    small = b.shl(ir.Constant(_I8, [1 << 21] * 8), wide)  # subnormal
+    return b.bitcast(b.select(b.icmp_unsigned("<", wide, two), small, normal), _F8)
+
+
+load_e8m0_half = _loader(  # 8 bytes e: 2 ** (e - 128), half of what an MX scale stands for
+    f32x8, ir.VectorType(ir.IntType(8), 8), _half_power
+)
 store_i8x32 = _storer(i8x32, _B32, _same)
 store_f32_as_i8 = _storer(  # 8 whole floats in [-127, 127] to 8 signed bytes
     f32x8,

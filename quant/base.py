@@ -91,6 +91,8 @@ class QuantFormat(Protocol):
 
     name: str
     planes: int  # how many int8 planes of the activations its kernel reads; 0: Act.x instead
+    row_multiple: int  # the length of rows has to be a multiple of it
+    whole: bool  # pack_rows takes all rows of a matrix at once only
 
     # njit (matrix, act, job, start, stop, follow): multiplies rows start..stop (start a multiple of
     # TILE_ROWS) of a Matrix by the job's activations. A token's result does not depend on which
@@ -105,7 +107,10 @@ class QuantFormat(Protocol):
         ...
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Exact size of a packed [rows, cols] matrix, scales and padding included."""
+        """Exact size of a packed [rows, cols] matrix, scales and padding included.
+
+        Raises QuantizationError if the format cannot hold rows of that length.
+        """
         ...
 
     def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
@@ -127,7 +132,7 @@ class QuantFormat(Protocol):
         """Packs weight [n, I] as rows start..start+n of the [rows, cols] matrix in `packed`.
 
         start is a multiple of TILE_ROWS; n is too, unless it reaches the last row. Packing a matrix
-        piece by piece gives the same bytes as packing it whole.
+        piece by piece gives the same bytes as packing it whole; a `whole` format refuses pieces.
         """
         ...
 
@@ -140,8 +145,8 @@ class TileLayout:
     """A tile as one run of bytes, read front to back: a head, then groups of up to GROUP blocks,
     each the scales of GROUP blocks (unused ones zero) and the codes of those that are there.
 
-    head, scale_bytes, code_bytes: of a tile, of a block. All parts are whole cache lines. A stream
-    without gaps or side streams is what processors prefetch best (docs/LOG.md).
+    head, scale_bytes, code_bytes: of a tile, of a block. All parts are whole cache lines, or halves
+    of one. A stream without gaps or side streams is what processors prefetch best (docs/LOG.md).
     """
 
     def __init__(self, head: int, scale_bytes: int, code_bytes: int) -> None:
@@ -183,6 +188,8 @@ class Tiled:
     """What formats of tiles share; `layout` says what their tiles are."""
 
     layout: TileLayout
+    row_multiple = 1
+    whole = False
 
     def tile_bytes(self, cols: int) -> int:
         return self.layout.tile_bytes(cols)

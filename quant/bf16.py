@@ -31,6 +31,8 @@ def row(matrix, r, out):
 class BFloat16:
     name = "bf16"
     planes = 0
+    row_multiple = 1
+    whole = False
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 

@@ -28,6 +28,8 @@ def row(matrix, r, out):
 class Float32:
     name = "f32"
     planes = 0
+    row_multiple = 1
+    whole = False
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 

@@ -24,142 +24,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from moelite.jit import inlined, inner
-from moelite.quant.base import (
-    BLOCK,
-    F32,
-    GROUP,
-    TILE_ROWS,
-    U8,
-    Tiled,
-    check_packed,
-    check_weight,
-    pad,
-)
+from moelite.jit import inlined
+from moelite.quant.base import F32, U8, Tiled, check_packed, check_weight
 from moelite.quant.curvature import Curvature
-from moelite.quant.int4_pack import HEAD, LAYOUT, encode_rows
-from moelite.quant.tiles import MANY, ask, make_block, make_many
-from moelite.simd import (
-    Narrow,
-    add_i8,
-    dot_u7,
-    fma_f32,
-    load_f32,
-    load_i8_as_f32,
-    load_i8x32,
-    load_table16,
-    lookup_high,
-    lookup_low,
-    mul_f32,
-    splat_f32_at,
-    splat_i8,
-    store_f32,
-    store_i8x32,
-    zero_f32,
-)
-
-_GROUP_BYTES = GROUP * (8 + 128)
-OFFSET = 64  # makes table entries unsigned: 1..127
-
-
-@inlined
-def _decode(packed, at, table):
-    # 128 bytes -> 8 vectors: vector g holds columns 4g..4g+3 of 8 rows, as table + 64
-    v0, v1 = load_i8x32(packed, at), load_i8x32(packed, at + 32)
-    v2, v3 = load_i8x32(packed, at + 64), load_i8x32(packed, at + 96)
-    return (
-        lookup_low(table, v0),
-        lookup_high(table, v0),
-        lookup_low(table, v1),
-        lookup_high(table, v1),
-        lookup_low(table, v2),
-        lookup_high(table, v2),
-        lookup_low(table, v3),
-        lookup_high(table, v3),
-    )
-
-
-_dot = make_block(Narrow, dot_u7, 1, "int4.one")
-
-
-@inlined
-def _block(packed, scales, codes, table, act, k, acc):
-    # acc + one block; scales, codes: where its bytes are; k: of the activations
-    scale = mul_f32(load_i8_as_f32(packed, scales), splat_f32_at(act.scale, k))
-    return fma_f32(_dot(_decode(packed, codes, table), act, k), scale, acc)
-
-
-@inlined
-def _one(packed, tile, table, act, token):
-    # a tile, its bytes from packed[tile], times one token
-    acc, k, at = zero_f32(), token * act.blocks, tile + HEAD
-    for _ in range(act.blocks // GROUP):
-        for b in range(GROUP):
-            acc = _block(packed, at + b * 8, at + 64 + b * 128, table, act, k + b, acc)
-        at, k = at + _GROUP_BYTES, k + GROUP
-    for b in range(act.blocks % GROUP):
-        acc = _block(packed, at + b * 8, at + 64 + b * 128, table, act, k + b, acc)
-    return mul_f32(acc, load_f32(packed, tile))
+from moelite.quant.int4_pack import LAYOUT, encode_rows
+from moelite.quant.nibbles import SMALL, Parts, make_products
+from moelite.quant.nibbles_pack import read_blocks, read_scales, to_rows
+from moelite.simd import add_i8, load_f32, load_i8_as_f32, load_table16, splat_i8
 
 
 @inlined
 def _table(packed, tile):
-    return add_i8(load_table16(packed, tile + 32), splat_i8(np.int8(OFFSET)))
+    return add_i8(load_table16(packed, tile + 32), splat_i8(np.int8(64)))
 
 
-@inner
-def _unpack_tile(packed, tile, blocks, out, lanes):
-    # a tile as lanes out.lane .. + 8 of groups of `lanes` rows: table entries + 64, and scales
-    table = _table(packed, tile)
-    codes, scales, last, lane = out
-    for b in range(blocks):
-        group = tile + HEAD + b // GROUP * _GROUP_BYTES
-        w = _decode(packed, group + 64 + b % GROUP * 128, table)
-        at, step = b * lanes * 32 + lane * 4, lanes * 4
-        store_i8x32(codes, at, w[0])
-        store_i8x32(codes, at + step, w[1])
-        store_i8x32(codes, at + step * 2, w[2])
-        store_i8x32(codes, at + step * 3, w[3])
-        store_i8x32(codes, at + step * 4, w[4])
-        store_i8x32(codes, at + step * 5, w[5])
-        store_i8x32(codes, at + step * 6, w[6])
-        store_i8x32(codes, at + step * 7, w[7])
-        store_f32(scales, b * lanes + lane, load_i8_as_f32(packed, group + b % GROUP * 8))
-    store_f32(last, lane, load_f32(packed, tile))
-
-
-_many = make_many(_unpack_tile, make_block, (dot_u7, 1), "int4")
-
-
-@inner
-def multiply(matrix, act, job, start, stop, follow):
-    first, last, packed = start // 8, (stop + 7) // 8, matrix.packed
-    if job.last - job.first >= MANY:
-        _many(matrix, act, job, first, last)
-        return
-    for tile in range(first, last):
-        at = matrix.base + tile * matrix.tile_bytes
-        if tile == last - 1:
-            ask(matrix, last, follow)
-        table = _table(packed, at)
-        for p in range(job.first, job.last):
-            acc = _one(packed, at, table, act, job.source[p])
-            store_f32(job.out, job.target[p] * job.width + tile * 8, acc)
-
-
-@inner
-def row(matrix, r, out):
-    packed, lane = matrix.packed, r % 8
-    tile = matrix.base + r // 8 * matrix.tile_bytes
-    row_scales = np.empty(8, np.float32)
-    store_f32(row_scales, 0, load_f32(packed, tile))
-    for c in range(matrix.cols):
-        b, pair = c // 32, c % 32 // 8
-        group = tile + HEAD + b // GROUP * _GROUP_BYTES
-        byte = np.int64(packed[group + 64 + b % GROUP * 128 + pair * 32 + lane * 4 + c % 4])
-        entry = np.int8(packed[tile + 32 + (byte >> 4 if c % 8 >= 4 else byte & 15)])
-        scale = np.int8(packed[group + b % GROUP * 8 + lane])
-        out[c] = np.float32(entry) * np.float32(scale) * row_scales[lane]
+_PARTS = Parts(table=_table, scale=load_i8_as_f32, last=load_f32)
+multiply, row = make_products("int4", LAYOUT, _PARTS, SMALL)
 
 
 class Int4(Tiled):
@@ -182,19 +62,11 @@ class Int4(Tiled):
 
     def unpack(self, packed: U8, rows: int, cols: int) -> F32:
         packed = check_packed(self, packed, rows, cols)
-        head, blocks = LAYOUT.heads(packed, cols), pad(cols, BLOCK) // BLOCK
-        tiles, row_scales = len(head), head[:, :32].copy().view(np.float32)
-        table = head[:, 32:48].view(np.int8)
-        full = np.empty((tiles, blocks, TILE_ROWS, BLOCK), np.float32)
-        for at, scales, codes in LAYOUT.groups(packed, cols):
-            found = codes.reshape(tiles, -1, 4, TILE_ROWS, 4)
-            both = np.stack([found & 15, found >> 4], axis=-1)  # [tile, block, pair, row, col, 2]
-            index = both.transpose(0, 1, 3, 2, 5, 4).reshape(tiles, -1)
-            entries = np.take_along_axis(table, index.astype(np.int64), 1).astype(np.float32)
-            scale = scales.view(np.int8).astype(np.float32)[..., None]
-            full[:, at] = entries.reshape(tiles, -1, TILE_ROWS, BLOCK) * scale
-        full *= row_scales[:, None, :, None]
-        return full.transpose(0, 2, 1, 3).reshape(tiles * TILE_ROWS, -1)[:rows, :cols].copy()
+        head = LAYOUT.heads(packed, cols)
+        scales = read_scales(packed, LAYOUT, cols).view(np.int8).astype(np.float32)
+        full = read_blocks(packed, LAYOUT, cols, head[:, 32:48].view(np.int8), scales)
+        full *= head[:, :32].copy().view(np.float32)[:, None, :, None]
+        return to_rows(full, rows, cols)
 
 
 FORMAT = Int4()

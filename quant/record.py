@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelite.quant import FORMATS
-from moelite.quant.base import ALIGN, F32, PAGE, TILE_ROWS, U8, pad, pair_rows
+from moelite.quant.base import ALIGN, F32, PAGE, TILE_ROWS, U8, pad, pair_rows, put_half
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,19 +74,18 @@ def record_layout(
     )
 
 
-def interleave(gate: F32, up: F32) -> F32:
-    """gate and up [n, I] tile by tile in turn, [pair_rows(n), I]; rows that are missing are 0."""
-    rows, cols = gate.shape
-    both = np.zeros((pair_rows(rows) // (2 * TILE_ROWS), 2, TILE_ROWS, cols), np.float32)
-    for half, part in enumerate((gate, up)):
-        whole = np.zeros((pad(rows, TILE_ROWS), cols), np.float32)
-        whole[:rows] = part
-        both[:, half] = whole.reshape(-1, TILE_ROWS, cols)
-    return both.reshape(-1, cols)
+def join(layout: RecordLayout, gate: U8, up: U8) -> U8:
+    """gate and up, packed alone, as one matrix: tile by tile in turn."""
+    fmt = FORMATS[layout.gate_up_format]
+    both = np.zeros(fmt.nbytes(*layout.gate_up_shape), np.uint8)
+    tile = fmt.tile_bytes(layout.hidden_size)
+    put_half(both, 0, gate, tile)
+    put_half(both, 1, up, tile)
+    return both
 
 
 def separate(both: F32, rows: int) -> tuple[F32, F32]:
-    """(gate, up) [rows, I] of what `interleave` made."""
+    """(gate, up) [rows, I] of a gate_up matrix as its format unpacks it."""
     tiles = both.reshape(-1, 2, TILE_ROWS, both.shape[1])
     gate, up = (tiles[:, half].reshape(-1, both.shape[1])[:rows] for half in (0, 1))
     return np.ascontiguousarray(gate), np.ascontiguousarray(up)

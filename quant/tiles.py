@@ -33,16 +33,16 @@ def ask(matrix, stop, follow):
             raw.prefetch_at(follow + i * 64)
 
 
-def make_gemm(words: Any, block: Any, name: str) -> Any:
+def make_gemm(words: Any, block: Any, name: str, load: Any) -> Any:
     """The product of unpacked tiles with many positions, by the `block` product of the same words.
 
     gemm(codes, scales, row_scales, act, job, row): rows row .. row + lanes of the result, for all
-    positions of the job, in the same arithmetic as a format's own product of one token.
+    positions of the job, in the same arithmetic as a format's own product of one token. load: what
+    `block` multiplies, from the codes of a block.
     """
     w = words
     zero, load_scales, store, mul, fma = w.zero, w.load_scales, w.store, w.mul, w.fma
     scale_at, lanes = w.splat_f32_at, w.lanes
-    load = _make_load(words, name)
 
     def four(codes, scales, act, tokens):
         a0, a1, a2, a3 = zero(), zero(), zero(), zero()
@@ -85,11 +85,11 @@ def make_gemm(words: Any, block: Any, name: str) -> Any:
     return inner(gemm, name)
 
 
-def _make_load(words: Any, name: str) -> Any:
+def make_load(words: Any, name: str) -> Any:
+    """load8(codes, at): the 8 groups of a block."""
     load, size = words.load_codes, words.lanes * 4
 
     def load8(codes, at):
-        # the 8 groups of a block
         return (
             load(codes, at),
             load(codes, at + size),
@@ -166,21 +166,22 @@ def _make_times(words: Any, offset: int, name: str) -> Any:
     return inlined((times0, times1, times2)[offset], name)
 
 
-def make_many(unpack: Any, block: Any, codes: tuple[Any, int], name: str) -> Any:
+def make_many(unpack: Any, block: Any, codes: tuple[Any, int], name: str, loads: Any = None) -> Any:
     """The product of tiles first .. stop of a matrix with many positions: `many(matrix, act, job,
     first, stop)`, from a format's `unpack` of one tile and its kind of `block` product.
 
     unpack(packed, at, blocks, (codes, scales, last, lane), lanes) writes the tile at packed[at]
     as lanes lane .. lane + 8 of an unpacked group of `lanes` rows; `last`: scales of whole rows.
+    loads: how what `block` multiplies is loaded, and how many bytes a code becomes.
     """
-    dot, offset = codes
-    narrow = wide = make_gemm(Narrow, block(Narrow, dot, offset, name), name)
+    (dot, offset), (loader, planes) = codes, loads or (make_load, 1)
+    narrow = wide = make_gemm(Narrow, block(Narrow, dot, offset, name), name, loader(Narrow, name))
     if WIDE:
-        name_wide = f"{name}.wide"
-        wide = make_gemm(Wide, block(Wide, Wide.dot_u8, offset, name_wide), name_wide)
+        tag = f"{name}.wide"
+        wide = make_gemm(Wide, block(Wide, Wide.dot_u8, offset, tag), tag, loader(Wide, tag))
 
     def many(matrix, act, job, first, stop):
-        codes = np.empty(act.blocks * TILES * 256, np.uint8)
+        codes = np.empty(act.blocks * TILES * 256 * planes, np.uint8)
         scales = np.empty(act.blocks * TILES * 8, np.float32)
         last = np.empty(TILES * 8, np.float32)
         packed, step, tile = matrix.packed, matrix.tile_bytes, first

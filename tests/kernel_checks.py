@@ -94,8 +94,11 @@ def worst(name: str, tokens: int) -> None:
 
 
 def random(name: str, seed: int, shape: tuple[int, int], tokens: int, base: int = 0) -> None:
-    """Normal weights and activations, some of them zero, some blocks far larger than others."""
-    rng = np.random.default_rng(seed)
+    """Normal weights and activations, some of them zero, some blocks far larger than others.
+
+    Rows are as long as `shape` says, or what comes next of what the format can hold.
+    """
+    rng, shape = np.random.default_rng(seed), (shape[0], pad(shape[1], FORMATS[name].row_multiple))
     weight = rng.normal(size=shape) * 10.0 ** rng.integers(-3, 2, (shape[0], 1))
     x = rng.normal(size=(tokens, shape[1])) * 10.0 ** rng.integers(-3, 4, (tokens, 1))
     x[rng.random(x.shape) < 0.1] = 0
@@ -103,7 +106,7 @@ def random(name: str, seed: int, shape: tuple[int, int], tokens: int, base: int 
 
 
 if __name__ == "__main__":
-    for fmt in ("int8", "int4"):
+    for fmt in FORMATS:
         for count in (1, 5, 9, 21):
             worst(fmt, count)
             random(fmt, count, (75, 72), count)

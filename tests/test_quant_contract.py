@@ -22,14 +22,23 @@ from moelite.quant.base import (
 )
 from moelite.quant.record import (
     fill_record,
-    interleave,
+    join,
     packed_parts,
     record_layout,
     unpack_record,
 )
 
 # Largest squared error over squared weight on normal weights: what each format promises.
-ERROR = {"f32": 0.0, "bf16": 3e-6, "int8": 3.5e-5, "int4": 5.7e-3}
+ERROR = {
+    "f32": 0.0,
+    "bf16": 3e-6,
+    "int8": 3.5e-5,
+    "int4": 5.7e-3,
+    "int4-f16": 5.7e-3,
+    "mxfp4": 1.35e-2,
+    "nf4": 8.8e-3,
+    "nf4-dq": 8.8e-3,
+}
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 SHAPES = [(64, 64), (75, 72), (40, 20), (8, 32), (1, 7), (128, 2048), (17, 96)]
@@ -43,6 +52,11 @@ def weights(rows: int, cols: int, seed: int = 0) -> F32:
 def quantize_activations(act, tokens):
     for row in range(tokens):
         quantize_row(act, row)
+
+
+def fit(fmt: QuantFormat, cols: int) -> int:
+    """The least length of rows that is not below `cols` and that the format can hold."""
+    return pad(cols, fmt.row_multiple)
 
 
 def product(fmt: QuantFormat, weight: F32, x: F32, pieces: list[int] | None = None):
@@ -72,6 +86,7 @@ def product(fmt: QuantFormat, weight: F32, x: F32, pieces: list[int] | None = No
 @each_format
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packed_size_and_error(fmt: QuantFormat, shape: tuple[int, int]) -> None:
+    shape = (shape[0], fit(fmt, shape[1]))
     weight = weights(*shape)
     packed = fmt.pack(weight)
     assert packed.dtype == np.uint8
@@ -91,7 +106,7 @@ def test_packed_size_and_error(fmt: QuantFormat, shape: tuple[int, int]) -> None
     seed=st.integers(0, 9999),
 )
 def test_kernel_multiplies_what_unpack_says(fmt, rows, cols, tokens, seed) -> None:
-    rng = np.random.default_rng(seed)
+    rng, cols = np.random.default_rng(seed), fit(fmt, cols)
     x = rng.normal(size=(tokens, cols)).astype(np.float32)
     got, want = product(fmt, weights(rows, cols, seed), x)
     size = np.sqrt(cols) * 0.05  # a typical result; float32 sums of `cols` terms
@@ -112,18 +127,25 @@ def test_worst_case_sums_do_not_saturate(fmt: QuantFormat) -> None:
 
 @each_format
 def test_a_token_does_not_see_its_neighbours(fmt: QuantFormat) -> None:
-    x = np.random.default_rng(1).normal(size=(11, 96)).astype(np.float32)
-    whole, _ = product(fmt, weights(40, 96), x)
+    cols = fit(fmt, 96)
+    x = np.random.default_rng(1).normal(size=(11, cols)).astype(np.float32)
+    whole, _ = product(fmt, weights(40, cols), x)
     for pieces in ([1, 2, 3], [5], [4, 9], list(range(1, 11))):
-        pieced, _ = product(fmt, weights(40, 96), x, pieces)
+        pieced, _ = product(fmt, weights(40, cols), x, pieces)
         np.testing.assert_array_equal(whole, pieced)
 
 
 @each_format
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packing_in_pieces_gives_the_same_bytes(fmt, shape) -> None:
+    shape = (shape[0], fit(fmt, shape[1]))
     weight = weights(*shape)
     packed = empty_packed(fmt, *shape)
+    if fmt.whole and shape[0] > 16:
+        for start in (0, 16):
+            with pytest.raises(QuantizationError, match=f"16 of {shape[0]} rows"):
+                fmt.pack_rows(packed, *shape, start, weight[:16])
+        return
     for start in range(0, shape[0], 16):
         fmt.pack_rows(packed, *shape, start, weight[start : start + 16])
     np.testing.assert_array_equal(packed, fmt.pack(weight))
@@ -132,6 +154,7 @@ def test_packing_in_pieces_gives_the_same_bytes(fmt, shape) -> None:
 @each_format
 @pytest.mark.parametrize("shape", SHAPES)
 def test_single_rows_equal_unpack(fmt, shape) -> None:
+    shape = (shape[0], fit(fmt, shape[1]))
     packed = fmt.pack(weights(*shape))
     out = np.zeros(shape, np.float32)
     for r in range(shape[0]):
@@ -141,10 +164,11 @@ def test_single_rows_equal_unpack(fmt, shape) -> None:
 
 @each_format
 def test_zero_and_tiny_weights(fmt: QuantFormat) -> None:
-    weight = np.zeros((9, 40), np.float32)
-    np.testing.assert_array_equal(fmt.unpack(fmt.pack(weight), 9, 40), weight)
+    cols = fit(fmt, 40)
+    weight = np.zeros((9, cols), np.float32)
+    np.testing.assert_array_equal(fmt.unpack(fmt.pack(weight), 9, cols), weight)
     weight[3, 5] = 1e-30
-    back = fmt.unpack(fmt.pack(weight), 9, 40)
+    back = fmt.unpack(fmt.pack(weight), 9, cols)
     assert np.isfinite(back).all()
     assert np.abs(back).max() <= 1e-29
 
@@ -152,16 +176,26 @@ def test_zero_and_tiny_weights(fmt: QuantFormat) -> None:
 @each_format
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_bad_weights_are_refused(fmt: QuantFormat, bad: float) -> None:
-    weight = weights(8, 32)
+    weight = weights(8, fit(fmt, 32))
     weight[2, 3] = bad
-    with pytest.raises(QuantizationError, match="1 of 256 weights are NaN or infinite"):
+    with pytest.raises(QuantizationError, match=f"1 of {weight.size} weights are NaN or infinite"):
         fmt.pack(weight)
 
 
 @each_format
 def test_a_wrong_size_is_refused(fmt: QuantFormat) -> None:
     with pytest.raises(QuantizationError, match="takes"):
-        fmt.unpack(np.zeros(3, np.uint8), 8, 32)
+        fmt.unpack(np.zeros(3, np.uint8), 8, fit(fmt, 32))
+
+
+@each_format
+def test_rows_of_a_length_that_does_not_fit_are_refused(fmt: QuantFormat) -> None:
+    if fmt.row_multiple > 1:
+        cols = fmt.row_multiple + 8
+        with pytest.raises(QuantizationError, match=f"cannot hold rows of {cols} values"):
+            fmt.nbytes(8, cols)
+        with pytest.raises(QuantizationError, match=f"cannot hold rows of {cols} values"):
+            fmt.pack(weights(8, cols))
 
 
 def test_two_planes_hold_16_bits_of_the_activations() -> None:
@@ -260,15 +294,14 @@ def test_record_layout_is_whole_pages_and_cache_lines() -> None:
 @pytest.mark.parametrize("size", [40, 33, 7])
 def test_a_record_gives_its_matrices_back(fmt: QuantFormat, size: int) -> None:
     """And its first part is a matrix of its own: 8 rows of gate, 8 of up, 8 of gate, ..."""
-    parts = weights(size, 72, 1), weights(size, 72, 2), weights(72, size, 3)
-    layout = record_layout((fmt.name, fmt.name), 72, size)
-    wide, down = fmt.pack(interleave(*parts[:2])), fmt.pack(parts[2])
-    record = fill_record(layout, wide, down)
+    hidden, size = fit(fmt, 72), fit(fmt, size)
+    parts = weights(size, hidden, 1), weights(size, hidden, 2), weights(hidden, size, 3)
+    layout = record_layout((fmt.name, fmt.name), hidden, size)
+    gate, up, down = map(fmt.pack, parts)
+    record = fill_record(layout, join(layout, gate, up), down)
     for part, found in zip(parts, unpack_record(layout, record), strict=True):
         np.testing.assert_array_equal(fmt.unpack(fmt.pack(part), *part.shape), found)
     both = fmt.unpack(packed_parts(layout, record)[0], *layout.gate_up_shape)
     first = min(size, 8)
-    gate = fmt.unpack(fmt.pack(parts[0]), size, 72)
-    np.testing.assert_array_equal(both[:first], gate[:first])
-    if size >= 8:
-        np.testing.assert_array_equal(both[8:16], fmt.unpack(fmt.pack(parts[1]), size, 72)[:8])
+    np.testing.assert_array_equal(both[:first], fmt.unpack(gate, size, hidden)[:first])
+    np.testing.assert_array_equal(both[8 : 8 + first], fmt.unpack(up, size, hidden)[:first])
