@@ -47,7 +47,7 @@ _PARTS: dict[str, tuple[Any, ...]] = {"product": (Matrix, Act, Job), "row": (Mat
 @functools.cache
 def _entry(part: str, fmt: str) -> int:
     # the address of compiled void (int64, int64, ...): Matrix, then Act and Job, then the rest
-    name, scope = f"{part}_{fmt}", {"f32_at": raw.f32_at, "__name__": __name__}
+    name, scope = f"{part}_{fmt}".replace("-", "_"), {"f32_at": raw.f32_at, "__name__": __name__}
     scope["function"] = getattr(FORMATS[fmt], "multiply" if part == "product" else "row")
     values, count = [], 0
     for kind in _PARTS[part]:

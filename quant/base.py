@@ -91,6 +91,12 @@ class QuantFormat(Protocol):
     """One layout of a matrix. Matrices are [O, I]: O output rows of I inputs."""
 
     name: str
+    # Whether every [rows, cols] matrix takes nbytes(rows, cols). Where not, the size depends on the
+    # weights: nbytes is an estimate to plan with, `pack` returns what it took, a multiple of ALIGN,
+    # from which `unpack` and the kernel find their way by themselves; there is no `pack_rows`, so
+    # call `pack`; and check(packed, rows, cols) raises QuantizationError unless `packed` begins
+    # with a matrix that the kernel can read without leaving it: for bytes that come from a file.
+    exact: bool
     planes: int  # how many int8 planes of the activations its kernel reads; 0: Act.x instead
 
     # njit (matrix, act, job, start, stop, follow): multiplies rows start..stop (start a multiple of
@@ -106,11 +112,11 @@ class QuantFormat(Protocol):
         ...
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Exact size of a packed [rows, cols] matrix, scales and padding included."""
+        """Size of a packed [rows, cols] matrix, scales and padding included; see `exact`."""
         ...
 
     def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
-        """weight [O, I] float32 -> [nbytes(O, I)] uint8. Raises QuantizationError on NaN or inf.
+        """weight [O, I] float32 -> uint8 [nbytes(O, I)]. Raises QuantizationError on NaN or inf.
 
         curve: what calibration knows of the inputs; formats that have no use for it ignore it.
         """
@@ -184,6 +190,7 @@ class Tiled:
     """What formats of tiles share; `layout` says what their tiles are."""
 
     layout: TileLayout
+    exact = True
 
     def tile_bytes(self, cols: int) -> int:
         return self.layout.tile_bytes(cols)
@@ -197,7 +204,11 @@ class Tiled:
 
 def empty_packed(fmt: QuantFormat, rows: int, cols: int) -> U8:
     """Zeroed uint8 [nbytes] to pack into, starting on a cache line."""
-    size = fmt.nbytes(rows, cols)
+    return zeros(fmt.nbytes(rows, cols))
+
+
+def zeros(size: int) -> U8:
+    """Zeroed uint8 [size], starting on a cache line."""
     raw = np.zeros(size + ALIGN, np.uint8)
     skip = -raw.ctypes.data % ALIGN
     return raw[skip : skip + size]

@@ -30,6 +30,7 @@ def row(matrix, r, out):
 
 class BFloat16:
     name = "bf16"
+    exact = True
     planes = 0
     multiply = staticmethod(multiply)
     row = staticmethod(row)

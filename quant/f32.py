@@ -27,6 +27,7 @@ def row(matrix, r, out):
 
 class Float32:
     name = "f32"
+    exact = True
     planes = 0
     multiply = staticmethod(multiply)
     row = staticmethod(row)

@@ -7,8 +7,8 @@ entries, too, and a greedy parse of any row ends exactly. A run's probability de
 pairs and on how many symbols are not 0, so the entries are whole classes of runs, most probable
 first, except for the last class: of its runs, the first in the order of their pairs t0 + 3 t1.
 
-Compiled code reads the table through a symbol that is resolved when the code is linked: 2 MB are
-too many for a constant in each kernel, and the address differs from process to process.
+Compiled code finds the masks through a symbol that is resolved when the code is linked: they are
+too large for a constant in each kernel, and the address differs from process to process.
 """
 
 from __future__ import annotations
@@ -24,29 +24,33 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from moelite.quant.base import ALIGN, U8
+from moelite.jit import kernel
+from moelite.quant.base import U8, pad
+
+U16 = npt.NDArray[np.uint16]
+U32 = npt.NDArray[np.uint32]
 
 ENTRIES = 1 << 16
 MOST_PAIRS = 14
-ENTRY_BYTES = 32  # of the table: 28 symbols, zeros, and in the last byte how many there are
 P0 = 0.885
-_RUN = 2 * MOST_PAIRS
+BITS = 2 * MOST_PAIRS  # of a mask that stand for symbols
 _PAIRS = 9  # values of a pair
 
-_memory = np.zeros(ENTRIES * ENTRY_BYTES + ALIGN, np.uint8)  # takes memory when it is filled
-_skip = -_memory.ctypes.data % ALIGN
-_table = _memory[_skip : _skip + ENTRIES * ENTRY_BYTES].reshape(ENTRIES, ENTRY_BYTES)
-_SYMBOL = "moelite_qmoe_table"
-binding.add_symbol(_SYMBOL, _table.ctypes.data)
+_masks = np.zeros((ENTRIES, 2), np.uint32)
+_SYMBOL = "moelite_qmoe_masks"
+binding.add_symbol(_SYMBOL, _masks.ctypes.data)
 
 
 class Dictionary(NamedTuple):
-    """table uint8 [2^16, 32]: of each code the symbols 0, 1, 2 and, last, how many they are.
+    """masks uint32 [2^16, 2]: of each code where its symbols are 1 and where they are 2, the first
+    one in bit 0, and in the first mask's bits 28..31 how many pairs they are. 512 KiB: in a second
+    cache of that size; a byte a symbol, 2 MiB, was slower and suffered from other users of the
+    cache.
     next int32 [2^16 + 1, 9]: row 0, or a code + 1, and a pair give the code + 1 of the run that is
     longer by the pair, 0 where there is none.
     """
 
-    table: U8
+    masks: U32
     next: npt.NDArray[np.int32]
 
 
@@ -71,8 +75,8 @@ def _runs(pairs: int, nonzero: int) -> U8:
     values = np.array(list(itertools.product((1, 2), repeat=nonzero)), np.uint8)
     runs = np.zeros((len(places), len(values), 2 * pairs), np.uint8)
     np.put_along_axis(runs, places[:, None, :], values[None], axis=2)
-    runs = runs.reshape(-1, 2 * pairs)
-    return runs[np.argsort(_keys(runs))]
+    flat = runs.reshape(-1, 2 * pairs)
+    return flat[np.argsort(_keys(flat))]
 
 
 def _keys(runs: U8) -> npt.NDArray[np.int64]:
@@ -85,12 +89,13 @@ def _keys(runs: U8) -> npt.NDArray[np.int64]:
 
 @functools.cache
 def dictionary() -> Dictionary:
-    """The Dictionary, made once a process, in about 0.1 s."""
+    """The Dictionary, made once a process, in about 0.03 s."""
     keys, code = [np.ones(1, np.int64)], 0
     for pairs, nonzero, take in _classes():
-        runs = _runs(pairs, nonzero)[:take]
-        _table[code : code + take, : 2 * pairs] = runs
-        _table[code : code + take, -1] = 2 * pairs
+        runs, bits = _runs(pairs, nonzero)[:take], 1 << np.arange(2 * pairs)
+        for symbol in (1, 2):
+            _masks[code : code + take, symbol - 1] = (runs == symbol) @ bits
+        _masks[code : code + take, 0] |= np.uint32(pairs << BITS)
         keys.append(_keys(runs))
         code += take
     key = np.concatenate(keys)
@@ -98,10 +103,42 @@ def dictionary() -> Dictionary:
     parent = order[np.searchsorted(key[order], key[1:] // _PAIRS)]
     following = np.zeros((ENTRIES + 1, _PAIRS), np.int32)
     following[parent, key[1:] % _PAIRS] = np.arange(1, ENTRIES + 1)
-    return Dictionary(_table, following)
+    return Dictionary(_masks, following)
 
 
-def _table_address(typingctx):
+@kernel
+def _encode(symbols, following, codes, offsets):
+    # symbols [n, even] -> codes. The longest match gives the fewest codes there are: a run without
+    # its first pair is an entry, too.
+    count = 0
+    for r in range(symbols.shape[0]):
+        offsets[r] = count
+        node = 0
+        for c in range(0, symbols.shape[1], 2):
+            pair = symbols[r, c] + 3 * symbols[r, c + 1]
+            longer = following[node, pair]
+            if longer == 0:
+                codes[count] = node - 1
+                count += 1
+                longer = following[0, pair]
+            node = longer
+        codes[count] = node - 1
+        count += 1
+    offsets[symbols.shape[0]] = count
+
+
+def encode(symbols: U8) -> tuple[U32, U16]:
+    """(offsets [n + 1], where rows begin and the last one ends, codes) of symbols [n, I]."""
+    rows, cols = symbols.shape
+    even = np.zeros((rows, pad(cols, 2)), np.uint8)
+    even[:, :cols] = symbols
+    codes = np.empty(even.size // 2, np.uint16)
+    offsets = np.empty(rows + 1, np.uint32)
+    _encode(even, dictionary().next, codes, offsets)
+    return offsets, codes[: offsets[-1]].copy()
+
+
+def _masks_address(typingctx):
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.get_c_value(builder, ir.IntType(8), _SYMBOL)
         return builder.ptrtoint(data, ir.IntType(64))
@@ -109,5 +146,5 @@ def _table_address(typingctx):
     return types.int64(), codegen
 
 
-# the address of Dictionary.table, for compiled code; it holds zeros until dictionary() was called
-table_address: Any = intrinsic(_table_address)
+# the address of Dictionary.masks, for compiled code; they are zero until dictionary() is called
+masks_address: Any = intrinsic(_masks_address)
