@@ -252,7 +252,8 @@ def test_fitted_levels_are_the_least_squares_ones(calibrated: bool) -> None:
     error = weight - back
     for r in range(24):
         places = np.stack([symbols[r] == 1, symbols[r] == 2]).astype(float)
-        want = np.linalg.solve(places @ h @ places.T, places @ h @ weight[r])
+        # a row may lack one of the symbols
+        want = np.linalg.lstsq(places @ h @ places.T, places @ h @ weight[r])[0]
         best = weight[r] - want @ places
         assert error[r] @ h @ error[r] <= 1.001 * (best @ h @ best)
 
