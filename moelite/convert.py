@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,8 @@ from moelite.arch import TensorRef
 from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress, resolve
-from moelite.inventory import Inventory, take_inventory
+from moelite.inventory import Inventory, classes_of, take_inventory
+from moelite.layerfile import write_layer
 from moelite.packing import (
     TEMPORARY,
     locked,
@@ -35,15 +36,16 @@ from moelite.packing import (
     workers,
 )
 from moelite.process import peak_rss_bytes
+from moelite.quant.base import U8
 from moelite.recipe import Recipe, choose
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
-    LOW,
     MANIFEST,
     PARTIAL,
     VERSION,
     FileEntry,
+    LayerEntry,
     Manifest,
     TensorClass,
     check_version,
@@ -52,8 +54,8 @@ from moelite.storefile import (
     dump,
     file_entry,
     file_json,
+    layer_entry,
     layer_file,
-    layer_header,
     manifest_bytes,
     packed_bytes,
     read_json,
@@ -176,7 +178,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
         source=source.source,
         out=str(out),
         recipe=inventory.recipe.as_json(),
-        classes=inventory.classes,
+        classes=state.classes or inventory.classes,
         ignored=inventory.ignored,
         layers=len(inventory.layers),
         seconds=time.perf_counter() - start,
@@ -197,6 +199,8 @@ class _State:
 
     finished: bool = False
     kept: dict[str, FileEntry] = field(default_factory=dict)
+    entries: dict[int, LayerEntry] = field(default_factory=dict)
+    classes: tuple[TensorClass, ...] = ()
 
 
 class _Job:
@@ -208,6 +212,7 @@ class _Job:
         self.out = out
         self.progress = progress
         self.files: dict[str, FileEntry] = {}
+        self.entries: dict[int, LayerEntry] = {}  # of finished layers
         self.done_bytes = 0
         self.workers = 1
 
@@ -215,7 +220,7 @@ class _Job:
         state = self._existing()
         if state.finished:
             return state
-        self.files = dict(state.kept)
+        self.files, self.entries = dict(state.kept), dict(state.entries)
         self.workers = workers(self.inventory, self.source, ram)
         self._check_disk(state)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -230,7 +235,9 @@ class _Job:
             for layer in self.inventory.layers:
                 refs = self._expert_refs(layer)
                 self._step(layer_file(layer), _source_bytes(self.source, refs), self._layer, layer)
-            replace_file(self.out / MANIFEST, manifest_bytes(self._manifest()))
+            manifest = self._manifest()
+            state.classes = manifest.classes
+            replace_file(self.out / MANIFEST, manifest_bytes(manifest))
             (self.out / PARTIAL).unlink(missing_ok=True)
             sync_folder(self.out)
         Store.open(self.out).close()
@@ -260,25 +267,27 @@ class _Job:
         """Finished, begun or nothing. Raises StoreError for a folder that is not this store's."""
         if self.out.exists() and not self.out.is_dir():
             raise StoreError(f"{self.out} is a file", fix="name a new folder")
-        entries = {p.name for p in self.out.iterdir()} if self.out.exists() else set()
-        if not entries - {PARTIAL + TEMPORARY}:
+        present = {p.name for p in self.out.iterdir()} if self.out.exists() else set()
+        if not present - {PARTIAL + TEMPORARY}:
             return _State()
-        if MANIFEST in entries:
+        if MANIFEST in present:
             manifest = read_manifest(self.out / MANIFEST)
             self._refuse_other({k: getattr(manifest, k) for k in self._identity()})
-            files = manifest.files
-        elif PARTIAL in entries:
+            files, entries = manifest.files, manifest.layers
+        elif PARTIAL in present:
             raw = read_json(self.out / PARTIAL)
             check_version(self.out / PARTIAL, raw)
             self._refuse_other(raw)
             files = {name: file_entry(entry) for name, entry in raw.get("files", {}).items()}
+            entries = {int(k): layer_entry(v) for k, v in raw.get("layers", {}).items()}
         else:
             raise StoreError(
-                f"{self.out} is not empty and not a store: it holds {sorted(entries)[0]}",
+                f"{self.out} is not empty and not a store: it holds {sorted(present)[0]}",
                 fix="name a new folder; nothing was touched",
             )
         kept = {n: e for n, e in files.items() if size_of(self.out / n) == e.bytes}
-        return _State(finished=MANIFEST in entries and kept == files, kept=kept)
+        finished = MANIFEST in present and kept == files
+        return _State(finished=finished, kept=kept, entries=entries)
 
     def _refuse_other(self, found: dict[str, Any]) -> None:
         def show(facts: dict[str, Any]) -> str:
@@ -310,9 +319,9 @@ class _Job:
 
     def _journal(self) -> None:
         files = {name: file_json(e) for name, e in self.files.items() if e.crc32}
-        replace_file(
-            self.out / PARTIAL, dump({"store_version": VERSION, **self._identity(), "files": files})
-        )
+        layers = {str(layer): asdict(entry) for layer, entry in self.entries.items()}
+        facts = {"store_version": VERSION, **self._identity(), "files": files, "layers": layers}
+        replace_file(self.out / PARTIAL, dump(facts))
 
     def _manifest(self) -> Manifest:
         inv = self.inventory
@@ -320,8 +329,8 @@ class _Job:
             source=self.source.source,
             fingerprint=inv.fingerprint,
             recipe=inv.recipe.as_json(),
-            layers=inv.entries,
-            classes=inv.classes,
+            layers=self.entries,
+            classes=classes_of(inv, self.entries),
             tensors={key: item.spec for key, item in inv.items.items()},
             files=dict(sorted(self.files.items())),
         )
@@ -355,23 +364,20 @@ class _Job:
             self._each(items, one, "attention, embeddings and the rest")
 
     def _layer(self, layer: int) -> None:
-        entry, mlp = self.inventory.entries[layer], self.inventory.layers[layer]
-        header, offsets = layer_header(entry)
-        size = len(header) + entry.record_bytes + entry.low_bytes
-        with new_file(self.out / layer_file(layer), size) as fd:
-            pwrite_all(fd, header, 0)
+        mlp = self.inventory.layers[layer]
 
-            def one(expert: int) -> int:
-                tensor, row = entry.place(expert)
-                layout = entry.layout_of(expert)
-                record = pack_expert(self.source, mlp, expert, layout)
-                pwrite_all(fd, record.data, offsets[tensor] + row * layout.record_bytes)
-                if entry.low is not None:
-                    record = pack_expert(self.source, mlp, expert, entry.low)
-                    pwrite_all(fd, record.data, offsets[LOW] + expert * entry.low.record_bytes)
+        def pack(expert: int, formats: tuple[tuple[str, str], ...]) -> list[tuple[U8, U8]]:
+            return [pack_expert(self.source, mlp, expert, pair) for pair in formats]
+
+        def each(experts: Iterable[int], one: Callable[[int], None]) -> None:
+            def done(expert: int) -> int:
+                one(expert)
                 return _source_bytes(self.source, self._one_expert(layer, expert))
 
-            self._each(range(mlp.num_experts), one, f"layer {layer}")
+            self._each(experts, done, f"layer {layer}")
+
+        path, entry = self.out / layer_file(layer), self.inventory.entries[layer]
+        self.entries[layer] = write_layer(path, entry, pack, each)
 
     def _each(self, keys: Iterable[Any], one: Callable[[Any], int], note: str) -> None:
         """Run `one` on every key, on as many threads as memory permits; it returns bytes done."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from moelite.arch import Arch, Linear, MoE, Norm, TensorRef
 from moelite.checkpoint import READABLE, Source, ref_shape
@@ -97,6 +98,22 @@ def take_inventory(source: Source, recipe: Recipe) -> Inventory:
         classes=table.classes(),
         ignored=tuple(sorted(table.names - table.used)),
         fingerprint=_fingerprint(source),
+    )
+
+
+def classes_of(inventory: Inventory, entries: Mapping[int, LayerEntry]) -> tuple[TensorClass, ...]:
+    """The inventory's classes with the bytes that its experts really take."""
+    after: Counter[tuple[str, str]] = Counter()
+    for entry in entries.values():
+        for tier in entry.tier_of:
+            layout = entry.tiers[tier]
+            for fmt, size in zip(_each(layout), _shares(layout), strict=True):
+                after["routed experts", fmt] += size
+        if entry.low is not None:
+            after["low plane", entry.low.gate_up_format] += entry.low_bytes
+    return tuple(
+        replace(c, bytes_after=after.get((c.name, c.format), c.bytes_after))
+        for c in inventory.classes
     )
 
 

@@ -188,3 +188,23 @@ def sums(b: Any, v: tuple[Any, ...]) -> Any:
     half = [join(v[i], v[i + 4], [0, 1, 2, 3, 8, 9, 10, 11], 4) for i in range(4)]
     quarter = [join(half[i], half[i + 1], [0, 1, 8, 9, 4, 5, 12, 13], 2) for i in (0, 2)]
     return join(quarter[0], quarter[1], [0, 2, 8, 10, 4, 6, 12, 14], 1)
+
+
+def transpose(b: Any, v: Any) -> list[Any]:
+    """8 vectors of 8 groups of 4 bytes -> vector i: group i of each. 24 shuffles."""
+    v = [b.bitcast(x, I32X8) for x in v]
+    low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
+    v = [lanes(b, v[i], v[i + 1], order) for i in range(0, 8, 2) for order in (low, high)]
+    # v[2 i], v[2 i + 1]: groups 0 1 4 5 and 2 3 6 7 of vectors 2 i and 2 i + 1, in pairs
+    low, high = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
+    v = [lanes(b, v[i + k], v[i + 2 + k], o) for i in (0, 4) for k in (0, 1) for o in (low, high)]
+    # v[k], v[4 + k]: groups k and 4 + k of vectors 0..3, of vectors 4..7
+    low, high = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    return [b.bitcast(lanes(b, v[k], v[4 + k], o), I8X32) for o in (low, high) for k in range(4)]
+
+
+def bits(b: Any, ones: Any, twos: Any) -> Any:
+    """Byte i: 1 where bit i of `ones` is set, else 2 where that of `twos` is, else 0."""
+    flags = ir.VectorType(ir.IntType(1), 32)
+    zero, one, two = (ir.Constant(I8X32, [n] * 32) for n in range(3))
+    return b.select(b.bitcast(ones, flags), one, b.select(b.bitcast(twos, flags), two, zero))

@@ -21,7 +21,7 @@ from moelite.inventory import DenseItem, Inventory
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat
-from moelite.quant.record import RecordLayout, fill_record, join
+from moelite.quant.record import join, pack_gate_up
 from moelite.storefile import packed_bytes
 from moelite.tensorfile import pwrite_all
 from moelite.units import MIB, parse_bytes, show_bytes
@@ -58,16 +58,31 @@ def pack(
             after()
 
 
-def pack_expert(source: Source, mlp: MoE, expert: int, layout: RecordLayout) -> U8:
-    """The record of one expert, some rows at a time."""
-    packed = []
-    names = (layout.gate_up_format, layout.gate_up_format, layout.down_format)
-    for part, name in zip(mlp.experts.matrices, names, strict=True):
-        out = np.zeros(FORMATS[name].nbytes(part.rows, part.cols), np.uint8)
-        pack(FORMATS[name], source, (part.weight.at(expert), part.rows, part.cols), out)
-        packed.append(out)
-    gate, up, down = packed
-    return fill_record(layout, join(layout, gate, up), down)
+def pack_expert(source: Source, mlp: MoE, expert: int, formats: tuple[str, str]) -> tuple[U8, U8]:
+    """gate_up and down of one expert in these formats, packed some rows at a time.
+
+    Whole matrices are held where the size of a format depends on the weights.
+    """
+    gate, up, down = mlp.experts.matrices
+    wide = FORMATS[formats[0]]
+    refs = [part.weight.at(expert) for part in (gate, up)]
+    if wide.exact:
+        halves = [_packed(wide, source, (ref, gate.rows, gate.cols)) for ref in refs]
+        both = join(wide, (gate.rows, gate.cols), halves[0], halves[1])
+    else:
+        with _naming(refs[0]):
+            both = pack_gate_up(wide, read(source, refs[0]), read(source, refs[1]))
+    matrix = down.weight.at(expert), down.rows, down.cols
+    return both, _packed(FORMATS[formats[1]], source, matrix)
+
+
+def _packed(fmt: QuantFormat, source: Source, matrix: tuple[TensorRef, int, int]) -> U8:
+    if not fmt.exact:
+        with _naming(matrix[0]):
+            return fmt.pack(read(source, matrix[0]))
+    out = np.zeros(fmt.nbytes(*matrix[1:]), np.uint8)
+    pack(fmt, source, matrix, out)
+    return out
 
 
 def _rows_of(source: Source, ref: TensorRef) -> Callable[[int, int], F32]:
@@ -136,7 +151,7 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
     layouts = [tier for entry in inventory.entries.values() for tier in entry.tiers]
     columns += [layouts[0].hidden_size, layouts[0].expert_size]
     chunk = max(4 * cols * _chunk_rows(cols) for cols in columns)
-    if any(FORMATS[name].whole for name in inventory.formats):
+    if any(FORMATS[n].whole or not FORMATS[n].exact for n in inventory.formats):
         chunk = max(chunk, 4 * layouts[0].hidden_size * layouts[0].expert_size)
     # three parts, gate and up joined, the record
     each = 3 * max(tier.record_bytes for tier in layouts) + chunk * _PACK_FACTOR

@@ -233,11 +233,29 @@ add_i32 = _word(i32x8, (i32x8, i32x8), lambda b, x, y: b.add(x, y))
 to_f32 = _word(f32x8, (i32x8,), lambda b, x: b.sitofp(x, _F8))
 splat_i8 = _word(i8x32, (types.int8,), lambda b, x: _splat(b, x, _B32))
 add_i8 = _word(i8x32, (i8x32, i8x32), lambda b, x, y: b.add(x, y))  # wraps
+and_i8 = _word(i8x32, (i8x32, i8x32), lambda b, x, y: b.and_(x, y))
+bits_i8 = (
+    _word(  # byte i: 1 where bit i of the first, 2 where bit i of the second, of distinct bits
+        i8x32, (types.uint32, types.uint32), lambda b, x, y: lowering.bits(b, x, y)
+    )
+)
 splat4 = _loader(i8x32, _I32, lambda b, v: b.bitcast(_splat(b, v, _I8), _B32))  # 4 bytes, 8 times
 load_table16 = _loader(  # a 16-byte table, in both halves
     i8x32,
     ir.VectorType(ir.IntType(8), 16),
     lambda b, v: b.shuffle_vector(v, v, ir.Constant(ir.VectorType(_I32, 32), [*range(16)] * 2)),
+)
+
+
+def _transpose(b: Any, *v: Any) -> Any:
+    out = ir.Constant(ir.ArrayType(_B32, 8), ir.Undefined)
+    for i, vector in enumerate(lowering.transpose(b, list(v))):
+        out = b.insert_value(out, vector, i)
+    return out
+
+
+transpose_i8x4 = _word(  # 8 vectors of 8 groups of 4 bytes -> as many: the i-th has group i of each
+    types.UniTuple(i8x32, 8), (i8x32,) * 8, _transpose
 )
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from moelite.crc import crc32
 from moelite.drive import let_go, open_for_reading
-from moelite.errors import StoreError
+from moelite.errors import QuantizationError, StoreError
 from moelite.quant.base import ALIGN, U8
+from moelite.quant.record import RecordLayout, check_record
 from moelite.storefile import (
     DENSE,
     LOW,
@@ -154,8 +155,12 @@ class Store:
 
         Damage on the disk thus never reaches a token, and costs nothing from then on.
         """
-        self.read_record(key, out, verify=key not in self._checked)
-        self._checked.add(key)
+        if key in self._checked:
+            self.read_record(key, out)
+        else:
+            self.read_record(key, out, verify=True)
+            self._check(key, self.layers[key.layer].layout_of(key.expert), out)
+            self._checked.add(key)
         return self._places[key.layer][key.expert][2]
 
     def read_low(self, layer: int, out: U8) -> None:
@@ -171,6 +176,16 @@ class Store:
             at = expert * size
             place = name, f"layer {layer} expert {expert}, low plane", entry.experts + expert
             self._fill(fd, out[at : at + size], info.offset + at, place)
+            self._check(ExpertKey(layer, expert), entry.low, out[at : at + size])
+
+    def _check(self, key: ExpertKey, layout: RecordLayout, record: U8) -> None:
+        try:
+            check_record(layout, record)
+        except QuantizationError as problem:
+            raise StoreError(
+                f"{self.path / layer_file(key.layer)}: expert {key.expert}: {problem.message}",
+                fix="quantize the checkpoint again",
+            ) from problem
 
     def sidecars(self) -> dict[str, bytes]:
         """The checkpoint's small files (config, tokenizer, template) by name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -304,7 +305,12 @@ def _check_formats(manifest: Manifest) -> None:
         if not entry.tier_of or {*range(len(entry.tiers))} != set(entry.tier_of):
             raise ValueError(f"layer {number}: the experts' tiers are {entry.tier_of}")
         for layout in entry.tiers if entry.low is None else (*entry.tiers, entry.low):
-            want = record_layout(layout.formats, layout.hidden_size, layout.expert_size)
+            shape, sizes = (layout.hidden_size, layout.expert_size), None
+            if not all(FORMATS[name].exact for name in layout.formats):
+                sizes = layout.down, layout.payload_bytes - layout.down
+                if min(sizes) < 0 or sum(sizes) > 4 * 3 * math.prod(shape):
+                    raise ValueError(f"layer {number}: a record of {sum(sizes)} bytes")
+            want = record_layout(layout.formats, *shape, sizes)
             if layout != want:
                 raise ValueError(f"layer {number}: the record layout is {layout}, not {want}")
     for key, spec in manifest.tensors.items():

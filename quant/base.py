@@ -90,6 +90,12 @@ class QuantFormat(Protocol):
     """One layout of a matrix. Matrices are [O, I]: O output rows of I inputs."""
 
     name: str
+    # Whether every [rows, cols] matrix takes nbytes(rows, cols). Where not, the size depends on the
+    # weights: nbytes is an estimate to plan with, `pack` returns what it took, a multiple of ALIGN,
+    # from which `unpack` and the kernel find their way by themselves; there is no `pack_rows`, so
+    # call `pack`; and check(packed, rows, cols) raises QuantizationError unless `packed` begins
+    # with a matrix that the kernel can read without leaving it: for bytes that come from a file.
+    exact: bool
     planes: int  # how many int8 planes of the activations its kernel reads; 0: Act.x instead
     row_multiple: int  # the length of rows has to be a multiple of it
     whole: bool  # pack_rows takes all rows of a matrix at once only
@@ -107,14 +113,14 @@ class QuantFormat(Protocol):
         ...
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """Exact size of a packed [rows, cols] matrix, scales and padding included.
+        """Size of a packed [rows, cols] matrix, scales and padding included; see `exact`.
 
         Raises QuantizationError if the format cannot hold rows of that length.
         """
         ...
 
     def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
-        """weight [O, I] float32 -> [nbytes(O, I)] uint8. Raises QuantizationError on NaN or inf.
+        """weight [O, I] float32 -> uint8 [nbytes(O, I)]. Raises QuantizationError on NaN or inf.
 
         curve: what calibration knows of the inputs; formats that have no use for it ignore it.
         """
@@ -134,6 +140,10 @@ class QuantFormat(Protocol):
         start is a multiple of TILE_ROWS; n is too, unless it reaches the last row. Packing a matrix
         piece by piece gives the same bytes as packing it whole; a `whole` format refuses pieces.
         """
+        ...
+
+    def check(self, packed: U8, rows: int, cols: int) -> None:
+        """Raises QuantizationError for bytes that a kernel cannot read safely; see `exact`."""
         ...
 
     def unpack(self, packed: U8, rows: int, cols: int) -> F32:
@@ -184,12 +194,24 @@ class TileLayout:
             )
 
 
-class Tiled:
+class Exact:
+    """What formats share whose matrices have one size, whatever the weights."""
+
+    exact = True
+    row_multiple = 1
+    whole = False
+
+    def check(self: Any, packed: U8, rows: int, cols: int) -> None:
+        check_packed(self, packed, rows, cols)
+
+    def pack(self: Any, weight: F32, curve: Curvature | None = None) -> U8:
+        return pack_whole(self, check_weight(self.name, weight), curve)
+
+
+class Tiled(Exact):
     """What formats of tiles share; `layout` says what their tiles are."""
 
     layout: TileLayout
-    row_multiple = 1
-    whole = False
 
     def tile_bytes(self, cols: int) -> int:
         return self.layout.tile_bytes(cols)
@@ -197,13 +219,14 @@ class Tiled:
     def nbytes(self, rows: int, cols: int) -> int:
         return self.layout.nbytes(rows, cols)
 
-    def pack(self: Any, weight: F32, curve: Curvature | None = None) -> U8:
-        return pack_whole(self, check_weight(self.name, weight), curve)
-
 
 def empty_packed(fmt: QuantFormat, rows: int, cols: int) -> U8:
     """Zeroed uint8 [nbytes] to pack into, starting on a cache line."""
-    size = fmt.nbytes(rows, cols)
+    return zeros(fmt.nbytes(rows, cols))
+
+
+def zeros(size: int) -> U8:
+    """Zeroed uint8 [size], starting on a cache line."""
     raw = np.zeros(size + ALIGN, np.uint8)
     skip = -raw.ctypes.data % ALIGN
     return raw[skip : skip + size]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.jit import inner
-from moelite.quant.base import F32, TILE_ROWS, U8, check_packed, check_weight, pack_whole
+from moelite.quant.base import F32, TILE_ROWS, U8, Exact, check_packed, check_weight
 from moelite.quant.curvature import Curvature
 from moelite.quant.floats import make_multiply
 from moelite.simd import (
@@ -28,11 +28,9 @@ def row(matrix, r, out):
         bits[c] = np.uint32(low) << np.uint32(16) | np.uint32(high) << np.uint32(24)
 
 
-class BFloat16:
+class BFloat16(Exact):
     name = "bf16"
     planes = 0
-    row_multiple = 1
-    whole = False
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 
@@ -41,9 +39,6 @@ class BFloat16:
 
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * 2
-
-    def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
-        return pack_whole(self, check_weight(self.name, weight), curve)
 
     def pack_rows(
         self,

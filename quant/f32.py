@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from moelite.jit import inner
-from moelite.quant.base import F32, TILE_ROWS, U8, check_packed, check_weight, pack_whole
+from moelite.quant.base import F32, TILE_ROWS, U8, Exact, check_packed, check_weight
 from moelite.quant.curvature import Curvature
 from moelite.quant.floats import make_multiply
 from moelite.simd import (
@@ -25,11 +25,9 @@ def row(matrix, r, out):
         bytes_out[i] = matrix.packed[at + i]
 
 
-class Float32:
+class Float32(Exact):
     name = "f32"
     planes = 0
-    row_multiple = 1
-    whole = False
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 
@@ -38,9 +36,6 @@ class Float32:
 
     def nbytes(self, rows: int, cols: int) -> int:
         return rows * cols * 4
-
-    def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
-        return pack_whole(self, check_weight(self.name, weight), curve)
 
     def pack_rows(
         self,

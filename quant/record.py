@@ -11,7 +11,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from moelite.quant import FORMATS
-from moelite.quant.base import ALIGN, F32, PAGE, TILE_ROWS, U8, pad, pair_rows, put_half
+from moelite.quant.base import (
+    ALIGN,
+    F32,
+    PAGE,
+    TILE_ROWS,
+    U8,
+    QuantFormat,
+    pad,
+    pair_rows,
+    put_half,
+)
+from moelite.quant.curvature import Curvature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,14 +85,32 @@ def record_layout(
     )
 
 
-def join(layout: RecordLayout, gate: U8, up: U8) -> U8:
-    """gate and up, packed alone, as one matrix: tile by tile in turn."""
-    fmt = FORMATS[layout.gate_up_format]
-    both = np.zeros(fmt.nbytes(*layout.gate_up_shape), np.uint8)
-    tile = fmt.tile_bytes(layout.hidden_size)
+def join(fmt: QuantFormat, shape: tuple[int, int], gate: U8, up: U8) -> U8:
+    """gate and up, matrices of a `shape` packed alone, as one: tile by tile in turn."""
+    rows, cols = shape
+    both = np.zeros(fmt.nbytes(pair_rows(rows), cols), np.uint8)
+    tile = fmt.tile_bytes(cols)
     put_half(both, 0, gate, tile)
     put_half(both, 1, up, tile)
     return both
+
+
+def pack_gate_up(fmt: QuantFormat, gate: F32, up: F32, curve: Curvature | None = None) -> U8:
+    """gate and up [expert_size, hidden_size] as one packed matrix."""
+    if fmt.exact:
+        return join(fmt, gate.shape, fmt.pack(gate, curve), fmt.pack(up, curve))
+    rows, cols = gate.shape
+    both = np.zeros((pair_rows(rows) // (2 * TILE_ROWS), 2, TILE_ROWS, cols), np.float32)
+    for half, part in enumerate((gate, up)):
+        whole = np.zeros((pad(rows, TILE_ROWS), cols), np.float32)
+        whole[:rows] = part
+        both[:, half] = whole.reshape(-1, TILE_ROWS, cols)
+    return fmt.pack(both.reshape(-1, cols), curve)
+
+
+def unpack_gate_up(fmt: QuantFormat, packed: U8, rows: int, cols: int) -> tuple[F32, F32]:
+    """(gate, up) [rows, cols] of `pack_gate_up`."""
+    return separate(fmt.unpack(packed, pair_rows(rows), cols), rows)
 
 
 def separate(both: F32, rows: int) -> tuple[F32, F32]:
@@ -100,16 +129,27 @@ def fill_record(layout: RecordLayout, gate_up: U8, down: U8) -> U8:
 
 
 def packed_parts(layout: RecordLayout, record: U8) -> tuple[U8, U8]:
-    """(gate_up, down), packed, of a record: views."""
-    wide, down = FORMATS[layout.gate_up_format], FORMATS[layout.down_format]
+    """(gate_up, down), packed, of a record: views; with what lies behind them, if their format's
+    sizes depend on the weights."""
     parts = record[: layout.down], record[layout.down : layout.payload_bytes]
-    sizes = wide.nbytes(*layout.gate_up_shape), down.nbytes(*layout.down_shape)
-    return parts[0][: sizes[0]], parts[1][: sizes[1]]
+    shapes, found = (layout.gate_up_shape, layout.down_shape), []
+    for part, name, shape in zip(parts, layout.formats, shapes, strict=True):
+        fmt = FORMATS[name]
+        found.append(part[: fmt.nbytes(*shape)] if fmt.exact else part)
+    return found[0], found[1]
+
+
+def check_record(layout: RecordLayout, record: U8) -> None:
+    """Raises QuantizationError for a record that would lead a kernel out of it."""
+    shapes = layout.gate_up_shape, layout.down_shape
+    parts = packed_parts(layout, record)
+    for part, name, shape in zip(parts, layout.formats, shapes, strict=True):
+        FORMATS[name].check(part, *shape)
 
 
 def unpack_record(layout: RecordLayout, record: U8) -> tuple[F32, F32, F32]:
     """(gate, up, down) as the kernels multiply by them, float32."""
     wide, down = packed_parts(layout, record)
-    both = FORMATS[layout.gate_up_format].unpack(wide, *layout.gate_up_shape)
-    gate, up = separate(both, layout.expert_size)
+    shape = layout.expert_size, layout.hidden_size
+    gate, up = unpack_gate_up(FORMATS[layout.gate_up_format], wide, *shape)
     return gate, up, FORMATS[layout.down_format].unpack(down, *layout.down_shape)

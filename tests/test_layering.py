@@ -18,7 +18,7 @@ LAYERS = (
     {"engine", "sizing", "convert", "demo", "demo_files", "bench", "verify", "foresee"},
     {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
-    | {"inventory", "packing", "lookahead", "expertjobs", "allocation"},
+    | {"inventory", "packing", "lookahead", "expertjobs", "allocation", "layerfile"},
     {"cache", "store", "storefile", "models"},
     {
         *{

@@ -38,9 +38,13 @@ ERROR = {
     "mxfp4": 1.35e-2,
     "nf4": 8.8e-3,
     "nf4-dq": 8.8e-3,
+    "qmoe": 0.76,
+    "qmoe-ls": 0.56,
 }
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
+_EXACT = [name for name, fmt in FORMATS.items() if fmt.exact]
+each_exact_format = pytest.mark.parametrize("fmt", [FORMATS[name] for name in _EXACT], ids=_EXACT)
 SHAPES = [(64, 64), (75, 72), (40, 20), (8, 32), (1, 7), (128, 2048), (17, 96)]
 
 
@@ -90,7 +94,8 @@ def test_packed_size_and_error(fmt: QuantFormat, shape: tuple[int, int]) -> None
     weight = weights(*shape)
     packed = fmt.pack(weight)
     assert packed.dtype == np.uint8
-    assert packed.shape == (fmt.nbytes(*shape),)
+    assert packed.shape == (fmt.nbytes(*shape),) or not fmt.exact
+    assert packed.size % 64 == 0 or fmt.exact
     back = fmt.unpack(packed, *shape)
     assert back.shape == shape
     few = 4 if weight.size < 500 else 1  # the promise is a mean: allow for small samples
@@ -135,7 +140,7 @@ def test_a_token_does_not_see_its_neighbours(fmt: QuantFormat) -> None:
         np.testing.assert_array_equal(whole, pieced)
 
 
-@each_format
+@each_exact_format
 @pytest.mark.parametrize("shape", SHAPES)
 def test_packing_in_pieces_gives_the_same_bytes(fmt, shape) -> None:
     shape = (shape[0], fit(fmt, shape[1]))
@@ -290,7 +295,7 @@ def test_record_layout_is_whole_pages_and_cache_lines() -> None:
     assert layout.payload_bytes == layout.down + FORMATS["int8"].nbytes(72, 40)
 
 
-@each_format
+@each_exact_format
 @pytest.mark.parametrize("size", [40, 33, 7])
 def test_a_record_gives_its_matrices_back(fmt: QuantFormat, size: int) -> None:
     """And its first part is a matrix of its own: 8 rows of gate, 8 of up, 8 of gate, ..."""
@@ -298,7 +303,7 @@ def test_a_record_gives_its_matrices_back(fmt: QuantFormat, size: int) -> None:
     parts = weights(size, hidden, 1), weights(size, hidden, 2), weights(hidden, size, 3)
     layout = record_layout((fmt.name, fmt.name), hidden, size)
     gate, up, down = map(fmt.pack, parts)
-    record = fill_record(layout, join(layout, gate, up), down)
+    record = fill_record(layout, join(fmt, (size, hidden), gate, up), down)
     for part, found in zip(parts, unpack_record(layout, record), strict=True):
         np.testing.assert_array_equal(fmt.unpack(fmt.pack(part), *part.shape), found)
     both = fmt.unpack(packed_parts(layout, record)[0], *layout.gate_up_shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from moelite.quant import FORMATS
 from moelite.quant.record import unpack_record
 from moelite.recipe import Recipe, Rule, choose, load_recipe, numbers, parse, show_numbers
 from moelite.store import ExpertKey, Store
+from moelite.storefile import describe, file_json, spans
+from moelite.tensorfile import read_header
 
 MIX = """
 experts = "int4"
@@ -244,3 +248,78 @@ def test_damage_is_named_by_tier_and_plane(mixed: Path) -> None:
     record = np.zeros(entry.slot_bytes, np.uint8)
     for expert in range(entry.experts):
         Store.open(mixed).read_record(ExpertKey(2, expert), record, verify=True)
+
+
+QMOE = Recipe(
+    experts="qmoe-ls",
+    dense="int8",
+    rules=(Rule(part="down", format="int4", layers=frozenset({1})),),
+    low="qmoe",
+)
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store whose records are as large as its weights make them."""
+    folder = tmp_path_factory.mktemp("sized")
+    write_checkpoint(folder / "model", MIXTRAL)
+    (folder / "model" / "tokenizer.json").unlink()
+    report = moelite.quantize(folder / "model", folder / "store", recipe=QMOE, ram=None)
+    rows = {(row.name, row.format): row.bytes_after for row in report.classes}
+    entries = Store.open(folder / "store").layers.values()
+    routed = sum(size for (name, _), size in rows.items() if name == "routed experts")
+    assert routed == sum(entry.record_bytes for entry in entries)
+    assert rows["low plane", "qmoe"] == sum(entry.low_bytes for entry in entries)
+    return folder / "store"
+
+
+def test_records_whose_size_the_weights_decide(sized: Path) -> None:
+    arch = build(MIXTRAL)
+    want = Reference(arch, stored_weights(sized, arch)).forward(IDS)
+    with moelite.load(sized, ram="1GiB", context=64, kv="f32") as model:
+        found = model.forward(IDS)
+    # activations of 8 bits and few of them: an offset gone wrong is far beyond
+    np.testing.assert_allclose(found, want, rtol=3e-2, atol=3e-2 * np.abs(want).max())
+    least = moelite.footprint(sized, ram="1GiB", context=64, kv="f32").minimum_bytes
+    with moelite.load(sized, ram=least, context=64, kv="f32") as model:
+        np.testing.assert_array_equal(model.forward(IDS), found)
+    assert not list(sized.glob("*.part"))
+
+
+def test_an_interrupted_run_of_such_a_store_gives_the_same_bytes(
+    sized: Path, tmp_path: Path
+) -> None:
+    class Stop:
+        calls = 0
+
+        def __call__(self, done: int, total: int, note: str) -> None:
+            self.calls += note == "layer 2"
+            if self.calls == 2:
+                raise KeyboardInterrupt
+
+    model = sized.parent / "model"
+    with pytest.raises(KeyboardInterrupt):
+        moelite.quantize(model, tmp_path / "store", recipe=QMOE, ram=None, progress=Stop())
+    report = moelite.quantize(model, tmp_path / "store", recipe=QMOE, ram=None)
+    assert report.resumed
+    for path in sized.iterdir():
+        assert path.read_bytes() == (tmp_path / "store" / path.name).read_bytes(), path.name
+
+
+def test_a_record_that_leads_a_kernel_astray_is_refused(sized: Path, tmp_path: Path) -> None:
+    """Also one whose checksum is right: the file may come from anyone."""
+    shutil.copytree(sized, tmp_path / "store")
+    path = tmp_path / "store" / "experts-00000.safetensors"
+    store = Store.open(tmp_path / "store")
+    begin = store._open(path.name)[1].tensors["experts"].offset
+    store.close()
+    data = bytearray(path.read_bytes())
+    data[begin : begin + 4] = b"\xff\xff\xff\x7f"
+    path.write_bytes(data)
+    manifest = json.loads((tmp_path / "store" / "moelite.json").read_text())
+    found = describe(path, list(spans(read_header(path, StoreError))))
+    manifest["files"][path.name] = file_json(found)
+    (tmp_path / "store" / "moelite.json").write_text(json.dumps(manifest))
+    record = np.zeros(store.layers[0].slot_bytes, np.uint8)
+    with pytest.raises(StoreError, match="expert 0"):
+        Store.open(tmp_path / "store").load_record(ExpertKey(0, 0), record)
