@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from moelite.quant import bf16, f32, int4, int8
+from moelite.quant import bf16, f32, int4, int8, vq
 from moelite.quant.base import QuantFormat
 
 if __name__ != "moelite.quant":
     raise ImportError("import moelite.quant, not quant (run `pip install -e .` first)")
 
-FORMATS: dict[str, QuantFormat] = {
-    module.FORMAT.name: module.FORMAT for module in (f32, bf16, int8, int4)
-}
+_ALL: tuple[QuantFormat, ...] = (f32.FORMAT, bf16.FORMAT, int8.FORMAT, int4.FORMAT, *vq.FORMATS)
+FORMATS: dict[str, QuantFormat] = {fmt.name: fmt for fmt in _ALL}

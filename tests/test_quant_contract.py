@@ -27,6 +27,7 @@ from moelite.quant.base import (
 
 # Largest squared error over squared weight on normal weights: what each format promises.
 ERROR = {"f32": 0.0, "bf16": 3e-6, "int8": 3.5e-5, "int4": 5.7e-3}
+ERROR |= {"vq-0.5": 0.6, "vq-1": 0.34, "vq-1.5": 0.175, "vq-2": 0.1, "vq-2.5": 0.05, "vq-3": 0.028}
 
 each_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 SHAPES = [(64, 64), (75, 72), (40, 20), (8, 32), (1, 7), (128, 2048), (17, 96)]
