@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moelite.jit import inlined, inner
-from moelite.quant.tiles import MANY, ask, make_block, make_many
+from moelite.quant.tiles import ask, make_block, make_many
 from moelite.quant.vq_pack import HEAD
 from moelite.quant.vq_tables import ENTRIES
 from moelite.simd import (
@@ -27,6 +27,8 @@ from moelite.simd import (
     zero_f32,
 )
 
+# Positions from which tiles are unpacked: looking codes up takes most of the time.
+MANY = 2
 OFFSET = 64  # makes sums of entries unsigned: 1..127
 
 
