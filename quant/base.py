@@ -141,8 +141,9 @@ class TileLayout:
     """A tile as one run of bytes, read front to back: a head, then groups of up to GROUP blocks,
     each the scales of GROUP blocks (unused ones zero) and the codes of those that are there.
 
-    head, scale_bytes, code_bytes: of a tile, of a block. All parts are whole cache lines. A stream
-    without gaps or side streams is what processors prefetch best (docs/LOG.md).
+    head, scale_bytes, code_bytes: of a tile, of a block. All parts are whole cache lines (of vq:
+    of 8 bytes, or padding would be a tenth of a matrix). A stream without gaps or side streams is
+    what processors prefetch best (docs/LOG.md).
     """
 
     def __init__(self, head: int, scale_bytes: int, code_bytes: int) -> None:

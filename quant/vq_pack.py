@@ -136,7 +136,8 @@ def choose(tables: list[Any], weight: F32, cols: int, curve: Curvature | None) -
     n, size = weight.shape
     slots = make_slots([t.astype(np.float32) for t in tables])
     blocks, root = _metric(curve, cols, size, slots.width)
-    spread = np.sqrt((weight.astype(np.float64) ** 2).sum(1) / cols)
+    squares = np.array([np.square(row, dtype=np.float64).sum() for row in weight])
+    spread = np.sqrt(squares / cols)
     start = np.where(spread > LEAST, spread / STEPS, 1.0)
     weight = weight * (spread > LEAST)[:, None].astype(np.float32)
     outputs = weight
