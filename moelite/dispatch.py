@@ -7,6 +7,7 @@ and mixes of them.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ _PARTS: dict[str, tuple[Any, ...]] = {"product": (Matrix, Act, Job), "row": (Mat
 @functools.cache
 def _entry(part: str, fmt: str) -> int:
     # the address of compiled void (int64, int64, ...): Matrix, then Act and Job, then the rest
-    name = f"{part}_{fmt.replace('-', '_')}"
+    name = re.sub(r"\W", "_", f"{part}_{fmt}")  # a format may be called vq-0.5
     scope = {"f32_at": raw.f32_at, "__name__": __name__}
     scope["function"] = getattr(FORMATS[fmt], "multiply" if part == "product" else "row")
     values, count = [], 0

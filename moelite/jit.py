@@ -51,11 +51,12 @@ WIDE = {"+avx512vnni", "+avx512vl"} <= _FEATURES  # 512-bit vectors, for many to
 
 
 def kernel_sources() -> list[Path]:
-    """Every file whose code can end up inside a compiled kernel."""
+    """Every file whose code, or table, can end up inside a compiled kernel."""
     package = Path(__file__).resolve().parent
-    formats = sorted((package.parent / "quant").glob("*.py")) or sorted(
-        (package / "quant").glob("*.py")
-    )
+    folder = package.parent / "quant"
+    if not (folder / "base.py").exists():
+        folder = package / "quant"
+    formats = sorted(folder.glob("*.py")) + sorted(folder.glob("*.npy"))
     return [
         package / n
         for n in (

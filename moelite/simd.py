@@ -267,6 +267,26 @@ lookup_high = _word(  # table[v >> 4]
 )
 
 
+def _entries(size: int) -> Any:
+    """An intrinsic word(table, codes, offset): for 8 codes from codes[offset], their entries of
+    `size` bytes in a byte table of 256, as size / 4 vectors of 4 bytes a code: see lowering."""
+    result = i8x32 if size == 4 else types.UniTuple(i8x32, size // 4)
+
+    @intrinsic
+    def entries(typingctx, table, codes, off):
+        def codegen(context, builder, signature, args):
+            byte, at = ir.IntType(8), signature.args[1:]
+            where = _pointer(context, builder, at[0](*at), args[1:], byte)
+            entry = context.make_array(signature.args[0])(context, builder, args[0]).data
+            found = lowering.entries(builder, size, entry, where)
+            return found[0] if size == 4 else context.make_tuple(builder, result, found)
+
+        return result(table, codes, off), codegen
+
+    return entries
+
+
+entries4, entries8, entries16 = _entries(4), _entries(8), _entries(16)
 dot_u7 = _word(i32x8, (i32x8, i8x32, i8x32), lambda b, *a: lowering.dot_u7(b, TARGET, *a))
 dot_i8 = _word(i32x8, (i32x8, i8x32, i8x32), lambda b, *a: lowering.dot_i8(b, TARGET, *a))
 

@@ -156,7 +156,8 @@ class TileLayout:
     each the scales of GROUP blocks (unused ones zero) and the codes of those that are there.
 
     head, scale_bytes, code_bytes: of a tile, of a block. All parts are whole cache lines, or halves
-    of one. A stream without gaps or side streams is what processors prefetch best (docs/LOG.md).
+    of one (of vq: of 8 bytes, or padding would be a tenth of a matrix). A stream without gaps or
+    side streams is what processors prefetch best (docs/LOG.md).
     """
 
     def __init__(self, head: int, scale_bytes: int, code_bytes: int) -> None:

@@ -57,6 +57,28 @@ _I8X32, _I32X8, _F32X8, _I16X8 = (
     lowering.F32X8,
     lowering.I16X8,
 )
+
+
+def _entries(size: int, vector: int) -> Any:
+    # codes: the first 8 bytes of the argument; entry c of the table: TABLE's bytes from c * size on
+    def emit(b: ir.IRBuilder, target: str, native: bool, a: list[Any]) -> Any:
+        table = TABLE[: 256 * size]
+        kind = ir.ArrayType(ir.IntType(8), table.size)
+        name = f"table{size}.{vector}"
+        held = ir.GlobalVariable(b.module, kind, name)
+        held.initializer = ir.Constant(kind, table.tolist())
+        codes = b.alloca(a[0].type)
+        b.store(a[0], codes, align=1)
+        pointer = ir.IntType(8).as_pointer()
+        return lowering.entries(b, size, b.bitcast(held, pointer), b.bitcast(codes, pointer))[
+            vector
+        ]
+
+    return [_I8X32], emit
+
+
+TABLE = np.random.default_rng(5).integers(-128, 128, 256 * 16).astype(np.int8)
+ENTRIES = ((4, 0), (8, 0), (8, 1), (16, 0), (16, 1), (16, 2), (16, 3))  # (size, vector)
 # word: (types of its arguments, emit(builder, target, native halves, arguments))
 WORDS: dict[str, tuple[list[Any], Any]] = {
     "dot_u7": ([_I32X8, _I8X32, _I8X32], lambda b, t, n, a: lowering.dot_u7(b, t, *a)),
@@ -67,6 +89,7 @@ WORDS: dict[str, tuple[list[Any], Any]] = {
     "f32_to_half": ([_F32X8], lambda b, t, n, a: lowering.f32_to_half(b, n, *a)),
     "bits": ([lowering.I32, lowering.I32], lambda b, t, n, a: lowering.bits(b, *a)),
     "sums": ([_F32X8] * 8, lambda b, t, n, a: lowering.sums(b, tuple(a))),
+    **{f"entries{size}_{v}": _entries(size, v) for size, v in ENTRIES},
 }
 
 
@@ -179,6 +202,10 @@ def cases() -> list[tuple[str, list[np.ndarray], np.ndarray]]:
         masks[1] &= ~masks[0]
         places = np.unpackbits(masks.view(np.uint8).reshape(2, 4), axis=1, bitorder="little")
         out.append(("bits", [masks[:1], masks[1:]], places[0] + 2 * places[1]))
+        arguments = [codes[:8].astype(np.uint8)]
+        for size, v in ENTRIES:
+            entry = TABLE[: 256 * size].reshape(256, size)[codes[:8]]
+            out.append((f"entries{size}_{v}", arguments, entry[:, 4 * v : 4 * v + 4].reshape(-1)))
         halves = rng.integers(0, 0x7C00, 8).astype(np.uint16) | (rng.integers(0, 2, 8) << 15)
         halves = halves.astype(np.uint16)
         out.append(("half_to_f32", [halves], halves.view(np.float16).astype(np.float32)))
