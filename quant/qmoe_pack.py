@@ -16,7 +16,7 @@ from moelite.errors import QuantizationError
 from moelite.jit import kernel
 from moelite.quant.base import F32, U8
 from moelite.quant.curvature import Curvature
-from moelite.quant.qmoe_dictionary import P0
+from moelite.quant.qmoe_dictionary import encode
 
 # (weight [n, I], curve) -> (symbols uint8 [n, I], levels float32 [n, 2] that bf16 holds)
 Choice = Callable[[F32, Curvature | None], tuple[U8, F32]]
@@ -24,8 +24,11 @@ Choice = Callable[[F32, Curvature | None], tuple[U8, F32]]
 BLOCK = 128  # columns whose errors are handed on to the columns behind them together
 CHUNK = 1024  # rows whose symbols are chosen together
 LARGEST = 3.3895e38  # that bf16 holds
-SAMPLE = 96  # rows that the price is set by
-HALVINGS = 9  # of its range, 2^-6 to 2^8: to 2 %
+# Bits per weight of the codes that fitted levels may take, heads apart: about what rows of random
+# symbols of the dictionary's own sparsity take.
+CODE_BITS = 0.75
+SAMPLE = 256  # rows that the price is set by
+HALVINGS = 8  # of its range, 2^-4 to 2^6: to 3 %
 ROUNDS = 8  # of fitting levels before symbols are chosen
 # Error feedback makes weights wider than they were: levels 1.2 times those that fit the weights
 # as they are leave 0 to 7 % less output error than 1.0, at the same share of zeros (docs/LOG.md).
@@ -130,16 +133,16 @@ def _first_levels(weight: F32, cost: F32, price: float) -> F32:
 
 
 def set_price(weight: F32, curve: Curvature | None, exponent: int = 0) -> float:
-    """The price for weight * 2^exponent at which the share of zeros is P0, by some of the rows."""
+    """The price for weight * 2^exponent at which codes take CODE_BITS, by some of the rows."""
     cost = _costs(weight.shape[1], curve)
     some = np.ldexp(weight[:: -(-len(weight) // SAMPLE)], exponent)
     unit = float((some**2).mean() / cost.mean())
-    least, most = -6.0, 8.0
+    least, most = -4.0, 6.0
     for _ in range(HALVINGS):
         middle = (least + most) / 2
         price = unit * 2**middle
         symbols = choose_symbols(some, _first_levels(some, cost, price), price, curve)
-        if np.count_nonzero(symbols) > (1 - P0) * symbols.size:
+        if 16 * len(encode(symbols)[1]) > CODE_BITS * symbols.size:
             least = middle
         else:
             most = middle
@@ -170,7 +173,7 @@ def best_levels(weight: F32, symbols: U8, curve: Curvature | None) -> F32:
 
 
 def choose_fitted(weight: F32, curve: Curvature | None) -> tuple[U8, F32]:
-    """Levels of least squares, under symbols of which P0 are zeros whatever the weights are."""
+    """Levels of least squares, under symbols that take CODE_BITS whatever the weights are."""
     _, exponent = np.frexp(np.abs(weight).max(initial=0))  # then squares of all sizes are floats
     price = set_price(weight, curve, -exponent)
     cost = _costs(weight.shape[1], curve)
