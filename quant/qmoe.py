@@ -24,7 +24,7 @@ from moelite.errors import QuantizationError
 from moelite.quant import qmoe_kernel
 from moelite.quant.base import ALIGN, F32, U8, check_weight, pad, zeros
 from moelite.quant.curvature import Curvature
-from moelite.quant.qmoe_dictionary import BITS, dictionary, encode
+from moelite.quant.qmoe_dictionary import BITS, dictionary, encode, usual_codes
 from moelite.quant.qmoe_kernel import check_codes
 from moelite.quant.qmoe_pack import Choice, choose_fitted, choose_published
 
@@ -124,11 +124,8 @@ class QMoE:
         return 0
 
     def nbytes(self, rows: int, cols: int) -> int:
-        """About what a matrix takes whose share of zeros is the dictionary's: 21.8 weights a code,
-        half a code more a row.
-        """
-        codes = rows * (cols / 21.8 + 0.5)
-        return pad(_head_bytes(rows) + 2 * int(codes), ALIGN)
+        """About what a matrix takes of symbols as probable as the dictionary has them."""
+        return pad(_head_bytes(rows) + 2 * round(rows * usual_codes(cols)), ALIGN)
 
     def pack(self, weight: F32, curve: Curvature | None = None) -> U8:
         weight = check_weight(self.name, weight)

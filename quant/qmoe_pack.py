@@ -16,7 +16,7 @@ from moelite.errors import QuantizationError
 from moelite.jit import kernel
 from moelite.quant.base import F32, U8
 from moelite.quant.curvature import Curvature
-from moelite.quant.qmoe_dictionary import encode
+from moelite.quant.qmoe_dictionary import encode, usual_codes
 
 # (weight [n, I], curve) -> (symbols uint8 [n, I], levels float32 [n, 2] that bf16 holds)
 Choice = Callable[[F32, Curvature | None], tuple[U8, F32]]
@@ -24,9 +24,6 @@ Choice = Callable[[F32, Curvature | None], tuple[U8, F32]]
 BLOCK = 128  # columns whose errors are handed on to the columns behind them together
 CHUNK = 1024  # rows whose symbols are chosen together
 LARGEST = 3.3895e38  # that bf16 holds
-# Bits per weight of the codes that fitted levels may take, heads apart: about what rows of random
-# symbols of the dictionary's own sparsity take.
-CODE_BITS = 0.75
 SAMPLE = 256  # rows that the price is set by
 HALVINGS = 8  # of its range, 2^-4 to 2^6: to 3 %
 ROUNDS = 8  # of fitting levels before symbols are chosen
@@ -133,7 +130,7 @@ def _first_levels(weight: F32, cost: F32, price: float) -> F32:
 
 
 def set_price(weight: F32, curve: Curvature | None, exponent: int = 0) -> float:
-    """The price for weight * 2^exponent at which codes take CODE_BITS, by some of the rows."""
+    """The price for weight * 2^exponent at which there are `usual_codes`, by some of the rows."""
     cost = _costs(weight.shape[1], curve)
     some = np.ldexp(weight[:: -(-len(weight) // SAMPLE)], exponent)
     unit = float((some**2).mean() / cost.mean())
@@ -142,7 +139,7 @@ def set_price(weight: F32, curve: Curvature | None, exponent: int = 0) -> float:
         middle = (least + most) / 2
         price = unit * 2**middle
         symbols = choose_symbols(some, _first_levels(some, cost, price), price, curve)
-        if 16 * len(encode(symbols)[1]) > CODE_BITS * symbols.size:
+        if len(encode(symbols)[1]) > len(some) * usual_codes(weight.shape[1]):
             least = middle
         else:
             most = middle
@@ -173,7 +170,7 @@ def best_levels(weight: F32, symbols: U8, curve: Curvature | None) -> F32:
 
 
 def choose_fitted(weight: F32, curve: Curvature | None) -> tuple[U8, F32]:
-    """Levels of least squares, under symbols that take CODE_BITS whatever the weights are."""
+    """Levels of least squares, under symbols that take `usual_codes` whatever the weights are."""
     _, exponent = np.frexp(np.abs(weight).max(initial=0))  # then squares of all sizes are floats
     price = set_price(weight, curve, -exponent)
     cost = _costs(weight.shape[1], curve)

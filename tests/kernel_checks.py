@@ -103,7 +103,7 @@ def random(name: str, seed: int, shape: tuple[int, int], tokens: int, base: int 
 
 
 if __name__ == "__main__":
-    for fmt in ("int8", "int4"):
+    for fmt in ("int8", "int4", "qmoe"):
         for count in (1, 5, 9, 21):
             worst(fmt, count)
             random(fmt, count, (75, 72), count)

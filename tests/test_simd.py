@@ -46,6 +46,32 @@ def _exps(x, out):
         simd.store_f32(out, i, simd.exp_f32(simd.load_f32(x, i)))
 
 
+@jit.kernel
+def _bytes(bits, v, out):
+    # 0, 1, 2 by bits; those that `v` has too; 8 vectors turned, at their places
+    made = simd.bits_i8(bits[0], bits[1])
+    simd.store_i8x32(out, 0, made)
+    simd.store_i8x32(out, 32, simd.and_i8(made, simd.load_i8x32(v, 0)))
+    w = simd.transpose_i8x4(
+        simd.load_i8x32(v, 0),
+        simd.load_i8x32(v, 32),
+        simd.load_i8x32(v, 64),
+        simd.load_i8x32(v, 96),
+        simd.load_i8x32(v, 128),
+        simd.load_i8x32(v, 160),
+        simd.load_i8x32(v, 192),
+        simd.load_i8x32(v, 224),
+    )
+    simd.store_i8x32(out, 64, w[0])
+    simd.store_i8x32(out, 96, w[1])
+    simd.store_i8x32(out, 128, w[2])
+    simd.store_i8x32(out, 160, w[3])
+    simd.store_i8x32(out, 192, w[4])
+    simd.store_i8x32(out, 224, w[5])
+    simd.store_i8x32(out, 256, w[6])
+    simd.store_i8x32(out, 288, w[7])
+
+
 def check_integers() -> None:
     """Dot products at the extremes of both operands and at random, exact to the last unit."""
     rng = np.random.default_rng(0)
@@ -79,6 +105,20 @@ def check_nibbles() -> None:
         np.testing.assert_array_equal(half, (entries * q[4:]).sum(1))
 
 
+def check_bytes() -> None:
+    """Bits to bytes, bytewise and, and the transposition, byte by byte."""
+    rng = np.random.default_rng(1)
+    for low in (0, 1, 1 << 31, 0xFFFFFFFF, int(rng.integers(2**32))):
+        bits = np.array([low, ~low & int(rng.integers(2**32))], np.uint32)
+        v, out = rng.integers(0, 256, 256).astype(np.uint8), np.zeros(320, np.uint8)
+        _bytes(bits, v, out)
+        want = [int(bits[0]) >> i & 1 | (int(bits[1]) >> i & 1) * 2 for i in range(32)]
+        assert out[:32].tolist() == want
+        np.testing.assert_array_equal(out[32:64], np.array(want, np.uint8) & v[:32])
+        turned = v.reshape(8, 8, 4).transpose(1, 0, 2).reshape(-1)
+        np.testing.assert_array_equal(out[64:], turned)
+
+
 def check_halves() -> None:
     """fp16 conversion both ways equals numpy's: subnormals, ties, overflow, infinities."""
     bits = np.arange(0, 1 << 32, 65537, dtype=np.uint32)
@@ -105,7 +145,9 @@ def check_exp() -> None:
     assert np.abs(out / want - 1).max() < 2e-7
 
 
-CHECKS = {f.__name__: f for f in (check_integers, check_nibbles, check_halves, check_exp)}
+CHECKS = {
+    f.__name__: f for f in (check_integers, check_nibbles, check_bytes, check_halves, check_exp)
+}
 
 
 @pytest.mark.parametrize("check", CHECKS)

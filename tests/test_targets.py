@@ -65,6 +65,7 @@ WORDS: dict[str, tuple[list[Any], Any]] = {
     "lookup_high": ([_I8X32, _I8X32], lambda b, t, n, a: lowering.lookup_high(b, t, *a)),
     "half_to_f32": ([_I16X8], lambda b, t, n, a: lowering.half_to_f32(b, n, *a)),
     "f32_to_half": ([_F32X8], lambda b, t, n, a: lowering.f32_to_half(b, n, *a)),
+    "bits": ([lowering.I32, lowering.I32], lambda b, t, n, a: lowering.bits(b, *a)),
     "sums": ([_F32X8] * 8, lambda b, t, n, a: lowering.sums(b, tuple(a))),
 }
 
@@ -174,6 +175,10 @@ def cases() -> list[tuple[str, list[np.ndarray], np.ndarray]]:
         arguments = [np.tile(table, 2), codes.astype(np.uint8)]
         out.append(("lookup_low", arguments, table[codes & 15]))
         out.append(("lookup_high", arguments, table[codes >> 4]))
+        masks = rng.integers(0, 2**32, 2).astype(np.uint32)
+        masks[1] &= ~masks[0]
+        places = np.unpackbits(masks.view(np.uint8).reshape(2, 4), axis=1, bitorder="little")
+        out.append(("bits", [masks[:1], masks[1:]], places[0] + 2 * places[1]))
         halves = rng.integers(0, 0x7C00, 8).astype(np.uint16) | (rng.integers(0, 2, 8) << 15)
         halves = halves.astype(np.uint16)
         out.append(("half_to_f32", [halves], halves.view(np.float16).astype(np.float32)))
