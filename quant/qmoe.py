@@ -16,6 +16,7 @@ Layout of a [O, I] matrix, little endian, padded with zeros to 64 bytes:
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,13 +90,16 @@ def symbols_of(packed: U8, rows: int, cols: int) -> U8:
 
 
 def statistics(packed: U8, rows: int, cols: int) -> Statistics:
-    """Statistics of a packed matrix."""
-    offsets, _, _ = _parts(packed, rows)
-    counts = np.bincount(symbols_of(packed, rows, cols).reshape(-1), minlength=3)
-    share = counts[counts > 0] / (rows * cols)
-    size = pad(_head_bytes(rows) + 2 * int(offsets[-1]), ALIGN)
-    entropy = float(-(share * np.log2(share)).sum())
-    return Statistics(float(counts[0] / (rows * cols)), 8 * size / (rows * cols), abs(entropy))
+    """Statistics of a packed matrix. Raises QuantizationError as `check`."""
+    check(packed, rows, cols)
+    offsets, _, codes = _parts(packed, rows)
+    places = dictionary().masks[codes] & np.uint32((1 << BITS) - 1)
+    low, high = np.bitwise_count(places).sum(0, dtype=np.int64).tolist()
+    size = rows * cols
+    shares = [count / size for count in (size - low - high, low, high)]
+    entropy = sum(share * math.log2(1 / share) for share in shares if share)
+    whole = pad(_head_bytes(rows) + 2 * int(offsets[-1]), ALIGN)
+    return Statistics(shares[0], 8 * whole / size, entropy)
 
 
 class QMoE:
