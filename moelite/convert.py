@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from moelite.arch import Linear, TensorRef
+from moelite.calibrate import TOKENS, Rare
+from moelite.calibration import Calibration, read_text
 from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress, resolve
@@ -37,7 +39,7 @@ from moelite.packing import (
 )
 from moelite.process import peak_rss_bytes
 from moelite.quant import FORMATS
-from moelite.quant.base import fill_record
+from moelite.quant.base import U8, fill_record
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
@@ -72,7 +74,8 @@ class QuantizeReport:
     """What quantize did, or with dry_run would do.
 
     reused: the store was finished already. resumed: files kept from an interrupted run. ignored:
-    tensors of the checkpoint that the model does not use.
+    tensors of the checkpoint that the model does not use. rare: experts that the calibration text
+    reached little.
     """
 
     source: str
@@ -87,6 +90,7 @@ class QuantizeReport:
     resumed: int = 0
     reused: bool = False
     dry_run: bool = False
+    rare: tuple[Rare, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -145,11 +149,14 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     dry_run: bool = False,
     progress: Progress | None = None,
     offline: bool = False,
+    calibrate: str | Path | Sequence[int] | None = None,
+    calibrate_tokens: int = TOKENS,
 ) -> QuantizeReport:
     """Write the store of a checkpoint; peak memory of this process stays below `ram`.
 
     src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. dry_run: only report sizes.
-    progress: called with (source bytes done, in all, what is being packed).
+    progress: called with (source bytes done, in all, what is being packed). calibrate: a text file
+    or token ids, of which the first calibrate_tokens show the formats what experts read.
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
     `open_checkpoint` and `take_inventory` raise.
@@ -158,15 +165,20 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     out = Path(out)
     source = open_source(src, offline=offline, progress=progress)
     inventory = take_inventory(source, experts, dense)
+    text = read_text(source, calibrate, calibrate_tokens)
+    calibration = None if text is None else Calibration(source, inventory, out, text)
     state = _State()
     if not dry_run:
-        job = _Job(source, inventory, out, progress or _silent)
+        job = _Job(source, inventory, out, progress or _silent, calibration)
         try:
             state = job.run(ram)
         except OSError as problem:
             raise StoreError(
                 f"{out} cannot be written: {problem}", fix="check the disk"
             ) from problem
+        finally:
+            if calibration is not None:
+                calibration.close()
     return QuantizeReport(
         source=source.source,
         out=str(out),
@@ -180,6 +192,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
         resumed=0 if state.finished else len(state.kept),
         reused=state.finished,
         dry_run=dry_run,
+        rare=() if calibration is None else calibration.rare,
     )
 
 
@@ -198,8 +211,16 @@ class _State:
 class _Job:
     """One run of quantize."""
 
-    def __init__(self, source: Source, inventory: Inventory, out: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        source: Source,
+        inventory: Inventory,
+        out: Path,
+        progress: Progress,
+        calibration: Calibration | None,
+    ) -> None:
         self.source = source
+        self.calibration = calibration
         self.inventory = inventory
         self.out = out
         self.progress = progress
@@ -213,6 +234,8 @@ class _Job:
             return state
         self.files = dict(state.kept)
         self.workers = workers(self.inventory, self.source, ram)
+        if self.calibration is not None:
+            self.calibration.fit(ram)
         self._check_disk(state)
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out):
@@ -251,6 +274,7 @@ class _Job:
             "fingerprint": self.inventory.fingerprint,
             "experts": self.inventory.experts,
             "dense": self.inventory.dense,
+            "calibration": "" if self.calibration is None else self.calibration.digest,
         }
 
     def _existing(self) -> _State:
@@ -280,10 +304,11 @@ class _Job:
     def _refuse_other(self, found: dict[str, Any]) -> None:
         def show(facts: dict[str, Any]) -> str:
             source, experts, dense = (facts.get(key) for key in ("source", "experts", "dense"))
-            return f"{source} with experts {experts}, dense {dense}"
+            text = f", calibrated by {facts['calibration'][:8]}" if facts.get("calibration") else ""
+            return f"{source} with experts {experts}, dense {dense}{text}"
 
         wanted = self._identity()
-        if any(found.get(key) != value for key, value in wanted.items()):
+        if any(found.get(key, "") != value for key, value in wanted.items()):
             other = "" if show(found) != show(wanted) else " (the same name, other weights)"
             raise StoreError(
                 f"{self.out} is the store of {show(found)}; asked for {show(wanted)}{other}",
@@ -316,6 +341,7 @@ class _Job:
             experts=inv.experts,
             dense=inv.dense,
             layout=inv.layout,
+            calibration=self._identity()["calibration"],
             layers={i: mlp.num_experts for i, mlp in inv.layers.items()},
             classes=inv.classes,
             tensors={key: item.spec for key, item in inv.items.items()},
@@ -359,21 +385,27 @@ class _Job:
             pwrite_all(fd, header, 0)
 
             def one(expert: int) -> int:
-                parts = []
-                for part in mlp.experts.matrices:
-                    packed = np.zeros(fmt.nbytes(part.rows, part.cols), np.uint8)
-                    pack(fmt, self.source, _at(part, expert), packed)
-                    parts.append(packed)
-                record = fill_record(fmt, layout, *parts)
+                record = fill_record(fmt, layout, *self._packed(layer, expert))
                 pwrite_all(fd, record.data, at + expert * layout.record_bytes)
                 return _source_bytes(self.source, self._one_expert(layer, expert))
 
             self._each(range(mlp.num_experts), one, f"layer {layer}")
 
+    def _packed(self, layer: int, expert: int) -> Sequence[U8]:
+        if self.calibration is not None:
+            return self.calibration.pack(layer, expert)
+        fmt, parts = FORMATS[self.inventory.layout.format], []
+        for part in self.inventory.layers[layer].experts.matrices:
+            packed = np.zeros(fmt.nbytes(part.rows, part.cols), np.uint8)
+            pack(fmt, self.source, _at(part, expert), packed)
+            parts.append(packed)
+        return parts
+
     def _each(self, keys: Iterable[Any], one: Callable[[Any], int], note: str) -> None:
         """Run `one` on every key, on as many threads as memory permits; it returns bytes done."""
         done = self.done_bytes
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="moelite-pack")
+        threads = self.workers if self.calibration is None else 1  # it takes experts in order
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="moelite-pack")
         try:
             for future in as_completed([pool.submit(one, key) for key in keys]):
                 done += future.result()

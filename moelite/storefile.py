@@ -64,7 +64,10 @@ class DenseSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """moelite.json. layers: {MoE layer: its number of experts}; fingerprint: of the checkpoint."""
+    """moelite.json. layers: {MoE layer: its number of experts}; fingerprint: of the checkpoint.
+
+    calibration: of the text that experts were calibrated with; empty without one.
+    """
 
     source: str
     fingerprint: str
@@ -75,6 +78,7 @@ class Manifest:
     classes: tuple[TensorClass, ...]
     tensors: dict[str, DenseSpec]
     files: dict[str, FileEntry]
+    calibration: str = ""
 
     @property
     def params(self) -> int:
@@ -127,6 +131,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     """moelite.json."""
     raw: dict[str, Any] = {"store_version": VERSION, "params": manifest.params}
     raw |= {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+    if not manifest.calibration:
+        del raw["calibration"]
     raw["layout"] = asdict(manifest.layout)
     raw["classes"] = [asdict(c) for c in manifest.classes]
     raw["tensors"] = {k: asdict(spec) for k, spec in manifest.tensors.items()}
@@ -177,6 +183,7 @@ def read_manifest(path: Path) -> Manifest:
         manifest = Manifest(
             source=str(raw["source"]),
             fingerprint=str(raw["fingerprint"]),
+            calibration=str(raw.get("calibration", "")),
             experts=str(raw["experts"]),
             dense=str(raw["dense"]),
             layout=RecordLayout(**raw["layout"]),

@@ -105,13 +105,13 @@ def _candidates(found, row_scale, tried, scales):
 
 
 @inner
-def _feedback(w, curve, tables, out):
-    # steps 1 and 2 for a tile: w [8, I] is used up. curve: (factor, within [blocks, 32, 32], root's
-    # diagonal [I], its square). out: (codes [8, I], scales [8, blocks], row_scales [8])
+def _feedback(w, errors, curve, tables, out):
+    # steps 1 and 2 for a tile: w [8, I] is used up; errors [8, I] becomes E R. curve: (factor,
+    # within [blocks, 32, 32], root's diagonal [I], its square). out: (codes [8, I], scales
+    # [8, blocks], row_scales [8])
     (factor, within, diagonal, share), (codes, scales, row_scales) = curve, out
     table, nearest, steps = tables
     cols = w.shape[1]
-    errors = np.empty(w.shape, np.float32)
     shape = (_TRIED, BLOCK)
     trial = np.empty(shape, np.float32), np.empty(shape, np.uint8), np.empty(shape, np.float32)
     tried, values = np.empty(_TRIED, np.int64), np.empty(_TRIED, np.float32)
@@ -141,16 +141,14 @@ def _feedback(w, curve, tables, out):
 
 
 @inner
-def _descend(weight, hessian, tables, out):
-    # step 3 for a tile. slope [8, I]: minus half the derivative of the output error
+def _descend(errors, columns, hessian, tables, out):
+    # step 3 for a tile. errors [8, I] is E R, so slope = -E H = -errors R^T, half the derivative
+    # of the output error by the stored weights; columns [I, I]: R^T
     (codes, scales, row_scales), (table, nearest, _) = out, tables
-    rows, cols = weight.shape
-    error, slope = np.empty(weight.shape, np.float32), np.zeros(weight.shape, np.float32)
-    for r in range(rows):
-        for c in range(cols):
-            value = np.float32(table[codes[r, c]]) * np.float32(scales[r, c // BLOCK])
-            error[r, c] = value * row_scales[r] - weight[r, c]
-    _spread(slope, error, hessian, (0, cols), (0, cols))
+    rows, cols = errors.shape
+    slope = np.zeros(errors.shape, np.float32)
+    for j in range(0, cols, 4):
+        _spread(slope, errors, columns, (j, j + 4), (0, j + 4))
     for r in range(rows):
         for _ in range(SWEEPS):
             moved = False
@@ -159,25 +157,27 @@ def _descend(weight, hessian, tables, out):
                 if scale == 0:
                     continue
                 value = np.float32(table[codes[r, c]]) * scale
-                wish = value + slope[r, c] / hessian[c, c]
+                wish = value - slope[r, c] / hessian[c, c]
                 code = code_of(wish, np.float32(1) / scale, nearest)
                 if code != codes[r, c]:
                     step, moved = np.float32(table[code]) * scale - value, True
                     codes[r, c] = code
                     row, h = slope[r], hessian[c]
                     for k in range(cols):
-                        row[k] -= step * h[k]
+                        row[k] += step * h[k]
             if not moved:
                 break
 
 
 @kernel
-def _pack(weight, curve, hessian, tables, codes, scales, row_scales):
+def _pack(weight, curve, squares, tables, codes, scales, row_scales):
+    # weight [n, I] is used up. squares: (R^T, H) [I, I]
+    errors = np.empty((TILE_ROWS, weight.shape[1]), np.float32)
     for at in range(0, weight.shape[0], TILE_ROWS):
         stop = at + TILE_ROWS
         out = codes[at:stop], scales[at:stop], row_scales[at:stop]
-        _feedback(weight[at:stop].copy(), curve, tables, out)
-        _descend(weight[at:stop], hessian, tables, out)
+        _feedback(weight[at:stop], errors, curve, tables, out)
+        _descend(errors, squares[0], squares[1], tables, out)
 
 
 def encode_with_feedback(packed: U8, cols: int, start: int, weight: F32, curve: Curvature) -> None:
@@ -193,7 +193,7 @@ def encode_with_feedback(packed: U8, cols: int, start: int, weight: F32, curve: 
     _pack(
         full,
         (factor, within, diagonal, diagonal * diagonal),
-        root @ root.T,
+        (np.ascontiguousarray(root.T), root @ root.T),
         (TABLE, NEAREST, STEPS),
         *found,
     )
