@@ -7,14 +7,14 @@ than the weight error; H [I, I] is the mean of x x^T over the inputs x that the 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from moelite.quant.base import F32
 
-F64 = npt.NDArray[np.float64]
+Wide = npt.NDArray[np.floating[Any]]
 
 # Added to H's diagonal, as a share of its mean: keeps the factor finite where inputs are few or
 # some never differ from zero.
@@ -55,7 +55,7 @@ def curvature(hessian: F32, damping: float = DAMPING) -> Curvature:
     )
 
 
-def _inverse(root: F64) -> F64:
+def _inverse(root: Wide) -> Wide:
     # of an upper triangular matrix, by halves: a third of a general inverse's time at 1,536 columns
     half = len(root) // 2
     if half < 32:
