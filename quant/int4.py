@@ -37,8 +37,8 @@ from moelite.quant.base import (
     pad,
 )
 from moelite.quant.curvature import Curvature
-from moelite.quant.int4_gptq import encode_with_feedback
-from moelite.quant.int4_pack import HEAD, LAYOUT, encode_rows
+from moelite.quant.int4_gptq import encode_rows
+from moelite.quant.int4_pack import HEAD, LAYOUT
 from moelite.quant.tiles import MANY, ask, make_block, make_many
 from moelite.simd import (
     Narrow,
@@ -179,11 +179,7 @@ class Int4(Tiled):
         weight: F32,
         curve: Curvature | None = None,
     ) -> None:
-        weight = check_weight(self.name, weight)
-        if curve is None:
-            encode_rows(packed, cols, start, weight)
-        else:
-            encode_with_feedback(packed, cols, start, weight, curve)
+        encode_rows(packed, cols, start, check_weight(self.name, weight), curve)
 
     def unpack(self, packed: U8, rows: int, cols: int) -> F32:
         packed = check_packed(self, packed, rows, cols)

@@ -24,35 +24,21 @@ import numpy as np
 from moelite.jit import inner, kernel
 from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8
 from moelite.quant.curvature import Curvature
-from moelite.quant.int4_pack import NEAREST, STEPS, TABLE, code_of, whole_tiles, write_tiles
+from moelite.quant.int4_pack import (
+    NEAREST,
+    STEPS,
+    TABLE,
+    code_of,
+    encode_plain,
+    search_weighed,
+    whole_tiles,
+    write_tiles,
+)
 
 HEADROOM = np.float32(1.25)
 LAZY = 128  # columns, a multiple of BLOCK
 SWEEPS = 8
 _TRIED = 3  # stored scales: the one found and its two neighbours
-
-
-@inner
-def _search(block, share, table, nearest, steps):
-    # block [32], share [32] -> the scale that explains most of it, column j counting share[j]
-    largest = np.float32(0)
-    for w in block:
-        largest = max(largest, abs(w))
-    best, scale = np.float32(-1), np.float32(0)
-    if largest == 0:
-        return scale
-    for i in range(2 * steps.size):
-        inverse = steps[i // 2] / largest
-        if i % 2:
-            inverse = -inverse
-        wt, tt = np.float32(0), np.float32(0)
-        for j in range(block.size):
-            t = np.float32(table[code_of(block[j], inverse, nearest)])
-            wt += share[j] * block[j] * t
-            tt += share[j] * t * t
-        if tt > 0 and wt * wt > best * tt:
-            best, scale = wt * wt / tt, wt / tt
-    return scale
 
 
 @inner
@@ -119,13 +105,13 @@ def _feedback(w, errors, curve, tables, out):
         largest = np.float32(0)
         for at in range(0, cols, BLOCK):
             block, part = w[r, at : at + BLOCK], share[at : at + BLOCK]
-            largest = max(largest, abs(_search(block, part, table, nearest, steps)))
+            largest = max(largest, abs(search_weighed(block, part, table, nearest, steps)))
         row_scales[r] = largest * HEADROOM / np.float32(127)
     for at in range(0, cols, BLOCK):
         stop, part = at + BLOCK, share[at : at + BLOCK]
         for r in range(w.shape[0]):
             block = w[r, at:stop]
-            found = _search(block, part, table, nearest, steps)
+            found = search_weighed(block, part, table, nearest, steps)
             _candidates(found, row_scales[r], tried, values)
             best = _round_block(block, within[at // BLOCK], part, values, (table, nearest), trial)
             scales[r, at // BLOCK] = tried[best]
@@ -180,11 +166,16 @@ def _pack(weight, curve, squares, tables, codes, scales, row_scales):
         _descend(errors, squares[0], squares[1], tables, out)
 
 
-def encode_with_feedback(packed: U8, cols: int, start: int, weight: F32, curve: Curvature) -> None:
+def encode_rows(
+    packed: U8, cols: int, start: int, weight: F32, curve: Curvature | None = None
+) -> None:
     """Chooses codes and scales for weight [n, I] and writes them as rows start..start + n.
 
     curve: of the I inputs. The rows of a tile depend on no other tile.
     """
+    if curve is None:
+        encode_plain(packed, cols, start, weight)
+        return
     full, found = whole_tiles(weight)
     root, factor = _padded(curve.root, full.shape[1]), _padded(curve.factor, full.shape[1])
     diagonal = np.ascontiguousarray(np.diagonal(root))

@@ -65,6 +65,29 @@ def _search(block, table, nearest, steps):
 
 
 @inner
+def search_weighed(block, share, table, nearest, steps):
+    # as _search, column j counting share[j]
+    largest = np.float32(0)
+    for w in block:
+        largest = max(largest, abs(w))
+    best, scale = np.float32(-1), np.float32(0)
+    if largest == 0:
+        return scale
+    for i in range(2 * steps.size):
+        inverse = steps[i // 2] / largest
+        if i % 2:
+            inverse = -inverse
+        wt, tt = np.float32(0), np.float32(0)
+        for j in range(block.size):
+            t = np.float32(table[code_of(block[j], inverse, nearest)])
+            wt += share[j] * block[j] * t
+            tt += share[j] * t * t
+        if tt > 0 and wt * wt > best * tt:
+            best, scale = wt * wt / tt, wt / tt
+    return scale
+
+
+@inner
 def _encode(block, scale, table, nearest, codes):
     # codes [32] for a given scale; returns the squared error
     error = np.float32(0)
@@ -116,7 +139,7 @@ def write_heads(packed: U8, cols: int, row_scales: F32, table: Any) -> None:
     head[:, 32:48] = table.view(np.uint8)
 
 
-def encode_rows(packed: U8, cols: int, start: int, weight: F32) -> None:
+def encode_plain(packed: U8, cols: int, start: int, weight: F32) -> None:
     """Chooses codes and scales for weight [n, I] and writes them as rows start..start + n."""
     full, found = whole_tiles(weight)
     _pack(full, TABLE, NEAREST, STEPS, *found)
