@@ -2,8 +2,8 @@
 
 GPTQ (Frantar et al. 2023, arXiv 2210.17323) over blocks of 32 columns, then descent:
 
-1. A row's scale comes from a search over its blocks as they are, with HEADROOM for what feedback
-   will add to them.
+1. A tile's table is fitted (int4_table); a row's scale comes from a search over its blocks as they
+   are, with HEADROOM for what feedback will add to them.
 2. Blocks from the first to the last. A block's scale is searched as without calibration, but each
    column counts by its share of the output error that no later column can make up for: R[j, j]^2.
    For the stored scales around it all 32 columns are rounded one by one, each making the others
@@ -25,15 +25,14 @@ from moelite.jit import inner, kernel
 from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8
 from moelite.quant.curvature import Curvature
 from moelite.quant.int4_pack import (
-    NEAREST,
     STEPS,
-    TABLE,
     code_of,
     encode_plain,
     search_weighed,
     whole_tiles,
     write_tiles,
 )
+from moelite.quant.int4_table import fit_table
 
 HEADROOM = np.float32(1.25)
 LAZY = 128  # columns, a multiple of BLOCK
@@ -156,12 +155,15 @@ def _descend(errors, columns, hessian, tables, out):
 
 
 @kernel
-def _pack(weight, curve, squares, tables, codes, scales, row_scales):
-    # weight [n, I] is used up. squares: (R^T, H) [I, I]
+def _pack(weight, curve, squares, steps, found):
+    # weight [n, I] is used up. squares: (R^T, H) [I, I]. found: Encoded
     errors = np.empty((TILE_ROWS, weight.shape[1]), np.float32)
+    nearest = np.empty(512, np.uint8)
     for at in range(0, weight.shape[0], TILE_ROWS):
         stop = at + TILE_ROWS
-        out = codes[at:stop], scales[at:stop], row_scales[at:stop]
+        out = found.codes[at:stop], found.scales[at:stop], found.row_scales[at:stop]
+        tables = found.tables[at // TILE_ROWS], nearest, steps
+        fit_table(weight[at:stop], curve[3], steps, tables[0], nearest)
         _feedback(weight[at:stop], errors, curve, tables, out)
         _descend(errors, squares[0], squares[1], tables, out)
 
@@ -185,8 +187,8 @@ def encode_rows(
         full,
         (factor, within, diagonal, diagonal * diagonal),
         (np.ascontiguousarray(root.T), root @ root.T),
-        (TABLE, NEAREST, STEPS),
-        *found,
+        STEPS,
+        found,
     )
     write_tiles(packed, cols, start, found)
 

@@ -125,15 +125,18 @@ def _pack(weight, table, nearest, steps, codes, scales, row_scales):
 
 
 class Encoded(NamedTuple):
-    """codes uint8 [n, blocks * 32]; scales int8 [n, blocks]; row_scales float32 [n]."""
+    """codes uint8 [n, blocks * 32]; scales int8 [n, blocks]; row_scales float32 [n]; tables int8
+    [n / 8, 16]."""
 
     codes: U8
     scales: npt.NDArray[np.int8]
     row_scales: F32
+    tables: npt.NDArray[np.int8]
 
 
 def write_heads(packed: U8, cols: int, row_scales: F32, table: Any) -> None:
-    """Fills the heads of packed tiles; row_scales float32 [tiles * 8], table int8 [16]."""
+    """Fills the heads of packed tiles; row_scales float32 [tiles * 8], table int8 [16] or
+    one a tile [tiles, 16]."""
     head = LAYOUT.heads(packed, cols)
     head[:, :32] = row_scales.reshape(-1, TILE_ROWS).view(np.uint8)
     head[:, 32:48] = table.view(np.uint8)
@@ -142,7 +145,7 @@ def write_heads(packed: U8, cols: int, row_scales: F32, table: Any) -> None:
 def encode_plain(packed: U8, cols: int, start: int, weight: F32) -> None:
     """Chooses codes and scales for weight [n, I] and writes them as rows start..start + n."""
     full, found = whole_tiles(weight)
-    _pack(full, TABLE, NEAREST, STEPS, *found)
+    _pack(full, TABLE, NEAREST, STEPS, found.codes, found.scales, found.row_scales)
     write_tiles(packed, cols, start, found)
 
 
@@ -152,16 +155,17 @@ def whole_tiles(weight: F32) -> tuple[F32, Encoded]:
     full = np.zeros((rows, cols), np.float32)
     full[: weight.shape[0], : weight.shape[1]] = weight
     codes, scales = np.empty((rows, cols), np.uint8), np.empty((rows, cols // BLOCK), np.int8)
-    return full, Encoded(codes, scales, np.empty(rows, np.float32))
+    tables = np.tile(TABLE, (rows // TILE_ROWS, 1))
+    return full, Encoded(codes, scales, np.empty(rows, np.float32), tables)
 
 
 def write_tiles(packed: U8, cols: int, start: int, encoded: Encoded) -> None:
     """Writes whole tiles of rows as those from row `start` on of a packed matrix."""
-    codes, scales, row_scales = encoded
+    codes, scales, row_scales, tables = encoded
     n, blocks = scales.shape
     size, first = LAYOUT.tile_bytes(cols), start // TILE_ROWS
     tiles = packed[first * size : (first + n // TILE_ROWS) * size]
-    write_heads(tiles, cols, row_scales, TABLE)
+    write_heads(tiles, cols, row_scales, tables)
     # [tile, row, block, pair, half, column] -> [tile, block, pair, row, column, half]
     split = codes.reshape(-1, TILE_ROWS, blocks, 4, 2, 4).transpose(0, 2, 3, 1, 5, 4)
     nibbles = (split[..., 0] | split[..., 1] << 4).reshape(len(split), blocks, -1)

@@ -107,3 +107,17 @@ def test_unseen_inputs_and_empty_rows_are_rounded_as_ever() -> None:
     nothing = curvature(np.zeros((96, 96), np.float32))
     got = INT4.unpack(INT4.pack(weight, nothing), 16, 96)
     assert np.square(got - weight).sum() / np.square(weight).sum() < 8e-3
+
+
+def test_a_tile_of_few_values_gets_a_table_that_has_them() -> None:
+    """The other tile's weights are normal: its table stays within the noise of 2,048 of them."""
+    levels = np.array([-1, -0.57, -0.2, 0.09, 0.43, 0.9], np.float32)
+    weight = np.random.default_rng(4).choice(levels, (16, 256))
+    weight[:8] = weights(8, 256)
+    fitted, plain = INT4.pack(weight, only_importance(np.eye(256))), INT4.pack(weight)
+    tables = fitted.reshape(2, -1)[:, 32:48].view(np.int8).astype(int)
+    assert np.abs(tables[0] - plain[32:48].view(np.int8)).max() <= 4
+    assert np.abs(tables).max() <= 63
+    found = (INT4.unpack(packed, 16, 256) for packed in (fitted, plain))
+    error = [np.square(part[8:] - weight[8:]).sum() for part in found]
+    assert error[0] < 0.3 * error[1]
