@@ -204,7 +204,8 @@ def test_an_expert_that_no_token_reached_is_packed_all_the_same(tmp_path: Path) 
     report = quantize(tmp_path / "model", tmp_path / "store", ram=None, calibrate=ids)
     found = {(r.layer, r.expert): r.tokens for r in report.rare}
     assert found[0, 2] == 0
-    assert (0, 0) not in found or 0 < found[0, 0] < 256
+    assert len([key for key in found if key[0] == 0]) < 4, "some expert saw many"
+    assert max(found.values()) < 256
     Store.open(tmp_path / "store").close()
 
 
