@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 _SHOWN_IGNORED = 5
+_SHOWN_FEW = 5
 _LINE_S = 10.0  # seconds between two lines where there is no bar
 
 
@@ -59,6 +60,15 @@ def quantize(  # noqa: PLR0913 - one parameter per option
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     offline: OfflineOption = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Text to run through the model: experts are fitted to it."
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How much of it to read.")
+    ] = 32_768,
 ) -> None:
     """Write the store of a checkpoint: its experts in a small format, one read each.
 
@@ -80,6 +90,8 @@ def quantize(  # noqa: PLR0913 - one parameter per option
                 dry_run=dry_run,
                 progress=update,
                 offline=offline,
+                calibrate=calibrate,
+                calibrate_tokens=calibrate_tokens,
             )
     except KeyboardInterrupt:
         print("interrupted: finished layers are kept; the same command continues", file=sys.stderr)
@@ -135,7 +147,18 @@ def show(console: Console, report: QuantizeReport) -> None:
         more = len(report.ignored) - _SHOWN_IGNORED
         note = f"not used by this model: {some}" + (f" and {more} more" if more > 0 else "")
         console.print(Text(note))
+    if report.rare:
+        console.print(Text(_few(report)))
     console.print(Text(_verdict(report)))
+
+
+def _few(report: QuantizeReport) -> str:
+    least = sorted(report.rare, key=lambda rare: rare.tokens)
+    some = ", ".join(f"layer {r.layer} expert {r.expert} {r.tokens}" for r in least[:_SHOWN_FEW])
+    more = len(least) - _SHOWN_FEW
+    return f"experts that few tokens of the text reached: {some}" + (
+        f" and {more} more" if more > 0 else ""
+    )
 
 
 def _verdict(report: QuantizeReport) -> str:

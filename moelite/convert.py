@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from platformdirs import user_cache_path
 
 from moelite.arch import TensorRef
+from moelite.calibrate import TOKENS, Rare
+from moelite.calibration import Calibration, read_text
 from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress, resolve
@@ -73,7 +75,8 @@ class QuantizeReport:
     """What quantize did, or with dry_run would do.
 
     reused: the store was finished already. resumed: files kept from an interrupted run. ignored:
-    tensors of the checkpoint that the model does not use.
+    tensors of the checkpoint that the model does not use. rare: experts that the calibration text
+    reached little.
     """
 
     source: str
@@ -87,6 +90,7 @@ class QuantizeReport:
     resumed: int = 0
     reused: bool = False
     dry_run: bool = False
+    rare: tuple[Rare, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -150,13 +154,16 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     dry_run: bool = False,
     progress: Progress | None = None,
     offline: bool = False,
+    calibrate: str | Path | Sequence[int] | None = None,
+    calibrate_tokens: int = TOKENS,
 ) -> QuantizeReport:
     """Write the store of a checkpoint; peak memory of this process stays below `ram`.
 
     src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. experts, dense: formats
     (default: int4, int8); or a recipe, by its name or file. low: the format of a plane of all
     experts beside the main one, for `load(on_miss="low")`. dry_run: only report sizes.
-    progress: called with (source bytes done, in all, what is being packed).
+    progress: called with (source bytes done, in all, what is being packed). calibrate: a text file
+    or token ids, of which the first calibrate_tokens show the formats what experts read.
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
     `open_checkpoint` and `take_inventory` raise.
@@ -165,15 +172,20 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     out = Path(out)
     source = open_source(src, offline=offline, progress=progress)
     inventory = take_inventory(source, choose(recipe, experts, dense, low))
+    text = read_text(source, calibrate, calibrate_tokens)
+    calibration = None if text is None else Calibration(source, inventory, out, text)
     state = _State()
     if not dry_run:
-        job = _Job(source, inventory, out, progress or _silent)
+        job = _Job(source, inventory, out, progress or _silent, calibration)
         try:
             state = job.run(ram)
         except OSError as problem:
             raise StoreError(
                 f"{out} cannot be written: {problem}", fix="check the disk"
             ) from problem
+        finally:
+            if calibration is not None:
+                calibration.close()
     return QuantizeReport(
         source=source.source,
         out=str(out),
@@ -186,6 +198,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
         resumed=0 if state.finished else len(state.kept),
         reused=state.finished,
         dry_run=dry_run,
+        rare=() if calibration is None else calibration.rare,
     )
 
 
@@ -206,8 +219,16 @@ class _State:
 class _Job:
     """One run of quantize."""
 
-    def __init__(self, source: Source, inventory: Inventory, out: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        source: Source,
+        inventory: Inventory,
+        out: Path,
+        progress: Progress,
+        calibration: Calibration | None,
+    ) -> None:
         self.source = source
+        self.calibration = calibration
         self.inventory = inventory
         self.out = out
         self.progress = progress
@@ -222,6 +243,8 @@ class _Job:
             return state
         self.files, self.entries = dict(state.kept), dict(state.entries)
         self.workers = workers(self.inventory, self.source, ram)
+        if self.calibration is not None:
+            self.calibration.fit(ram, self.entries)
         self._check_disk(state)
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out):
@@ -261,6 +284,7 @@ class _Job:
             "source": self.source.source,
             "fingerprint": self.inventory.fingerprint,
             "recipe": self.inventory.recipe.as_json(),
+            "calibration": None if self.calibration is None else self.calibration.facts,
         }
 
     def _existing(self) -> _State:
@@ -295,6 +319,8 @@ class _Job:
             found = recipe if isinstance(recipe, dict) else {}
             names = [key for key in ("experts", "dense", "low", "rule") if key in found]
             rest = ", ".join(f"{key} {found[key]}" for key in names)
+            text = facts.get("calibration")
+            rest += f", calibrated by {text['ids'][:8]}" if isinstance(text, dict) else ""
             return f"{facts.get('source')} with {rest}"
 
         wanted = self._identity()
@@ -329,6 +355,7 @@ class _Job:
             source=self.source.source,
             fingerprint=inv.fingerprint,
             recipe=inv.recipe.as_json(),
+            calibration=self._identity()["calibration"],
             layers=self.entries,
             classes=classes_of(inv, self.entries),
             tensors={key: item.spec for key, item in inv.items.items()},
@@ -367,6 +394,8 @@ class _Job:
         mlp = self.inventory.layers[layer]
 
         def pack(expert: int, formats: tuple[tuple[str, str], ...]) -> list[tuple[U8, U8]]:
+            if self.calibration is not None:
+                return self.calibration.pack(layer, expert, formats)
             return [pack_expert(self.source, mlp, expert, pair) for pair in formats]
 
         def each(experts: Iterable[int], one: Callable[[int], None]) -> None:
@@ -382,7 +411,8 @@ class _Job:
     def _each(self, keys: Iterable[Any], one: Callable[[Any], int], note: str) -> None:
         """Run `one` on every key, on as many threads as memory permits; it returns bytes done."""
         done = self.done_bytes
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="moelite-pack")
+        threads = self.workers if self.calibration is None else 1  # it takes experts in order
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="moelite-pack")
         try:
             for future in as_completed([pool.submit(one, key) for key in keys]):
                 done += future.result()

@@ -146,7 +146,9 @@ def format_label(layers: Iterable[LayerEntry]) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """moelite.json. recipe: what was asked for, as JSON; layers: {MoE layer: how it is stored};
-    fingerprint: of the checkpoint."""
+    fingerprint: of the checkpoint. calibration: of the text that experts were calibrated with (ids,
+    tokens, sha256), or None.
+    """
 
     source: str
     fingerprint: str
@@ -155,6 +157,7 @@ class Manifest:
     classes: tuple[TensorClass, ...]
     tensors: dict[str, DenseSpec]
     files: dict[str, FileEntry]
+    calibration: dict[str, Any] | None = None
 
     @property
     def params(self) -> int:
@@ -217,6 +220,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     """moelite.json."""
     raw: dict[str, Any] = {"store_version": VERSION, "params": manifest.params}
     raw |= {f.name: getattr(manifest, f.name) for f in fields(manifest)}
+    if manifest.calibration is None:
+        del raw["calibration"]
     raw["layers"] = {str(layer): asdict(entry) for layer, entry in manifest.layers.items()}
     raw["classes"] = [asdict(c) for c in manifest.classes]
     raw["tensors"] = {k: asdict(spec) for k, spec in manifest.tensors.items()}
@@ -278,6 +283,7 @@ def read_manifest(path: Path) -> Manifest:
             source=str(raw["source"]),
             fingerprint=str(raw["fingerprint"]),
             recipe=dict(raw["recipe"]),
+            calibration=None if "calibration" not in raw else dict(raw["calibration"]),
             layers=dict(sorted((int(k), layer_entry(v)) for k, v in raw["layers"].items())),
             classes=tuple(TensorClass(**c) for c in raw["classes"]),
             tensors={

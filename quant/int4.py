@@ -27,7 +27,8 @@ import numpy as np
 from moelite.jit import inlined
 from moelite.quant.base import F32, U8, Tiled, check_packed, check_weight
 from moelite.quant.curvature import Curvature
-from moelite.quant.int4_pack import LAYOUT, encode_rows
+from moelite.quant.int4_gptq import encode_rows
+from moelite.quant.int4_pack import LAYOUT
 from moelite.quant.nibbles import SMALL, Parts, make_products
 from moelite.quant.nibbles_pack import read_blocks, read_scales, to_rows
 from moelite.simd import add_i8, load_f32, load_i8_as_f32, load_table16, splat_i8
@@ -58,7 +59,7 @@ class Int4(Tiled):
         weight: F32,
         curve: Curvature | None = None,
     ) -> None:
-        encode_rows(packed, rows, cols, start, check_weight(self.name, weight))
+        encode_rows(packed, cols, start, check_weight(self.name, weight), curve)
 
     def unpack(self, packed: U8, rows: int, cols: int) -> F32:
         packed = check_packed(self, packed, rows, cols)

@@ -15,10 +15,21 @@ CODE = ("moelite", "quant", "cache", "cli")
 LAYERS = (
     {"api"},  # moelite/__init__.py: names only
     {"cli"},
-    {"engine", "sizing", "convert", "demo", "demo_files", "bench", "verify", "foresee"},
+    {
+        "engine",
+        "sizing",
+        "convert",
+        "calibration",
+        "demo",
+        "demo_files",
+        "bench",
+        "verify",
+        "foresee",
+    },
     {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
-    | {"inventory", "packing", "lookahead", "expertjobs", "allocation", "layerfile"},
+    | {"inventory", "packing", "lookahead", "expertjobs", "allocation", "layerfile"}
+    | {"forward", "stream", "calibrate"},
     {"cache", "store", "storefile", "models"},
     {
         *{
