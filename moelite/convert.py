@@ -7,7 +7,6 @@ the result is byte-identical to an uninterrupted one.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,10 +19,10 @@ import numpy as np
 from platformdirs import user_cache_path
 
 from moelite.arch import Linear, TensorRef
-from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
+from moelite.checkpoint import Source
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress, resolve
-from moelite.inventory import Inventory, take_inventory
+from moelite.inventory import Inventory, source_bytes, take_inventory
 from moelite.packing import (
     TEMPORARY,
     locked,
@@ -38,6 +37,7 @@ from moelite.packing import (
 from moelite.process import peak_rss_bytes
 from moelite.quant import FORMATS
 from moelite.quant.base import fill_record
+from moelite.sources import open_folder, read_small
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
@@ -72,7 +72,8 @@ class QuantizeReport:
     """What quantize did, or with dry_run would do.
 
     reused: the store was finished already. resumed: files kept from an interrupted run. ignored:
-    tensors of the checkpoint that the model does not use.
+    tensors of the checkpoint that the model does not use. encodings: bytes read by how the
+    checkpoint keeps them ("BF16", "Q4_K", "gptq int4, groups of 128"), largest first.
     """
 
     source: str
@@ -81,6 +82,7 @@ class QuantizeReport:
     dense: str
     classes: tuple[TensorClass, ...]
     ignored: tuple[str, ...]
+    encodings: dict[str, int]
     layers: int
     seconds: float
     peak_rss_bytes: int
@@ -100,7 +102,9 @@ class QuantizeReport:
 def open_source(
     src: Source | str | Path, *, offline: bool = False, progress: Progress | None = None
 ) -> Source:
-    """The checkpoint that `src` means: a folder, a hub id, "smollm2-moe", or a Source itself."""
+    """The checkpoint that `src` means: a folder, a GGUF file, a hub id, "smollm2-moe", or a Source
+    itself. Quantized ones are decoded as they are read.
+    """
     if not isinstance(src, str | Path):
         return src
     if str(src) == BUILTIN and not Path(src).exists():
@@ -112,7 +116,7 @@ def open_source(
 
         found: Source = open_builtin(user_cache_path("moelite"), offline=offline, progress=fetching)
         return found
-    return open_checkpoint(resolve(str(src), offline=offline, progress=progress))
+    return open_folder(resolve(str(src), offline=offline, progress=progress))
 
 
 def read_config(
@@ -131,7 +135,7 @@ def read_config(
         source = open_source(BUILTIN, offline=offline)
         return source.config, (experts, dense), len(source.files.get("tokenizer.json", b""))
     folder = resolve(str(path), offline=offline, weights=False)
-    files, config = read_sidecars(folder)
+    files, config = read_small(folder)
     return config, (experts, dense), len(files.get("tokenizer.json", b""))
 
 
@@ -148,11 +152,11 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
 ) -> QuantizeReport:
     """Write the store of a checkpoint; peak memory of this process stays below `ram`.
 
-    src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. dry_run: only report sizes.
-    progress: called with (source bytes done, in all, what is being packed).
+    src: a checkpoint's folder, a GGUF file, a hub id, "smollm2-moe" or a Source. dry_run: only
+    report sizes. progress: called with (source bytes done, in all, what is being packed).
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
-    `open_checkpoint` and `take_inventory` raise.
+    `open_source` and `take_inventory` raise.
     """
     start = time.perf_counter()
     out = Path(out)
@@ -174,6 +178,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
         dense=dense,
         classes=inventory.classes,
         ignored=inventory.ignored,
+        encodings=inventory.encodings,
         layers=len(inventory.layers),
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
@@ -387,4 +392,4 @@ def _at(part: Linear, expert: int) -> tuple[TensorRef, int, int]:
 
 
 def _source_bytes(source: Source, parts: Iterable[tuple[TensorRef, tuple[int, ...]]]) -> int:
-    return sum(math.prod(shape) * READABLE[source.dtype(ref.name)] for ref, shape in parts)
+    return sum(source_bytes(source, ref, shape) for ref, shape in parts)

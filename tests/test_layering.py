@@ -24,6 +24,7 @@ LAYERS = (
         *{
             "quant",
             "checkpoint",
+            "sources",
             "hub",
             "config",
             "arch",
