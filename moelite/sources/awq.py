@@ -38,7 +38,8 @@ class AWQ:
     def rows(self, start: int, stop: int) -> F32:
         codes, zeros = _unpack(self._codes, start, stop), _unpack(self._zeros, start, stop)
         scales = to_float32(self._scales.columns(start, stop), self._scales.dtype)
-        values = codes.astype(np.float32).reshape(-1, self._group, stop - start)
+        groups = len(scales)
+        values = codes.astype(np.float32).reshape(groups, self._group, stop - start)
         values -= zeros.astype(np.float32)[:, None]
         values *= scales[:, None]
         return np.ascontiguousarray(values.reshape(codes.shape).T)
@@ -57,8 +58,9 @@ def _unpack(packed: Stored, start: int, stop: int) -> U8:
     """uint8 [n, stop - start]: the codes of rows start..stop."""
     first = start // _WORD
     words = packed.columns(first, -(-stop // _WORD))
-    nibbles = unpack_bits(words, 4, words.shape[1] * _WORD).reshape(len(words), -1, _WORD)
-    codes: npt.NDArray[np.uint8] = nibbles[:, :, _PLACE].reshape(len(words), -1)
+    depth, width = words.shape
+    nibbles = unpack_bits(words, 4, width * _WORD).reshape(depth, width, _WORD)
+    codes: npt.NDArray[np.uint8] = nibbles[:, :, _PLACE].reshape(depth, width * _WORD)
     return codes[:, start - first * _WORD : stop - first * _WORD]
 
 

@@ -249,7 +249,10 @@ def _scheme(groups: HFConfig, name: str) -> Scheme | None:
     weights.must_be("type", "int", "float")
     block = weights.items("block_structure", int)
     if block is not None and (len(block) != 2 or min(block) < 1):
-        raise CheckpointError(f"block_structure = {list(block)}; it must be two sizes")
+        raise CheckpointError(
+            f"block_structure = {list(block)} in quantization_config; it must be two sizes",
+            fix="download config.json again, or correct it",
+        )
     return Scheme(
         bits=weights.integer("num_bits", low=1, high=8),
         kind=weights.text("type", default="int"),

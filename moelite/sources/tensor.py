@@ -273,7 +273,10 @@ def assemble(
                 fix="use the unquantized checkpoint of this model",
             )
     if both := sorted(rest & set(tensors)):
-        raise CheckpointError(f"the checkpoint has tensor {both[0]!r} twice: plain and quantized")
+        raise CheckpointError(
+            f"the checkpoint has tensor {both[0]!r} twice: plain and quantized",
+            fix="fetch the checkpoint again",
+        )
     return Assembled(checkpoint.source, config, checkpoint.files, tensors, (checkpoint, rest))
 
 
@@ -286,8 +289,10 @@ def unpack_bits(words: npt.NDArray[Any], bits: int, count: int) -> npt.NDArray[n
     if bits == 8:
         return stream[:, :count]
     if bits == 4:
-        return np.stack((stream & 15, stream >> 4), axis=-1).reshape(len(stream), -1)[:, :count]
+        both = np.stack((stream & 15, stream >> 4), axis=-1)
+        return both.reshape(len(stream), 2 * stream.shape[1])[:, :count]
     at = np.arange(count) * bits
     wide = np.pad(stream, ((0, 0), (0, 1))).astype(np.uint16)  # a code lies within two bytes
     pairs = wide[:, at // 8] | wide[:, at // 8 + 1] << 8
-    return (pairs >> (at % 8).astype(np.uint16) & ((1 << bits) - 1)).astype(np.uint8)
+    codes = pairs >> (at % 8).astype(np.uint16) & ((1 << bits) - 1)
+    return codes.astype(np.uint8, order="C")
