@@ -171,29 +171,26 @@ def _experts(read: HFConfig, kind: Kind, shapes: Mapping[str, tuple[int, ...]]) 
     """How many experts of which size; sizes of feed-forward parts are read off their tensors."""
     count = read.integer("expert_count", high=1 << 16)
     used = read.integer("expert_used_count", high=count)
-    layers = range(read.integer("block_count", high=MAX_LAYERS))
-    routed = next((i for i in layers if f"blk.{i}.ffn_down_exps.weight" in shapes), None)
-    single = f"blk.{0 if routed is None else routed}.ffn_down"
-    down = shapes.get(f"{single}_exps.weight") or shapes.get(f"{single}.0.weight")
+    down = shapes.get("blk.0.ffn_down_exps.weight") or shapes.get("blk.0.ffn_down.0.weight")
     if down is None:
-        raise CheckpointError(f"the GGUF has no tensor {single + '_exps.weight'!r}")
+        raise CheckpointError(
+            "the GGUF has no tensor 'blk.0.ffn_down_exps.weight'", fix="fetch it again, complete"
+        )
     size = down[-1]
     found: dict[str, Any] = {"num_experts_per_tok": used}
     found["num_local_experts" if kind.model_type == "mixtral" else "num_experts"] = count
     if kind.renormalize is not None:
         found["norm_topk_prob"] = kind.renormalize
+    if kind.model_type != "mixtral":
+        bias = "blk.0.attn_q.bias" in shapes
+        found["qkv_bias" if kind.model_type == "qwen2_moe" else "attention_bias"] = bias
     if not kind.model_type.startswith("qwen"):
         return found | {"intermediate_size": size}
-    dense = [i for i in layers if f"blk.{i}.ffn_down.weight" in shapes]
-    inner = shapes[f"blk.{dense[0]}.ffn_down.weight"][-1] if dense else None
-    if inner is None:
-        inner = read.integer("feed_forward_length", low=0, default=0) or size
-    found |= {"moe_intermediate_size": size, "intermediate_size": inner}
-    found |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
-    if (shared := shapes.get(f"{single}_shexp.weight")) is not None:
+    # llama.cpp's have experts in every layer; intermediate_size is that of the layers without
+    found |= {"moe_intermediate_size": size, "intermediate_size": size}
+    found |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+    if (shared := shapes.get("blk.0.ffn_down_shexp.weight")) is not None:
         found["shared_expert_intermediate_size"] = shared[-1]
-    bias = f"blk.{layers[0]}.attn_q.bias" in shapes
-    found["qkv_bias" if kind.model_type == "qwen2_moe" else "attention_bias"] = bias
     return found
 
 
@@ -210,12 +207,19 @@ def _other(read: HFConfig, kind: Kind, config: dict[str, Any]) -> None:
     if clip and kind.model_type == "olmoe":
         config["clip_qkv"] = _float(clip)
     elif clip:
-        raise UnsupportedError(f"attention.clamp_kqv = {clip:g} in a {kind.model_type} GGUF")
+        raise _not_here("attention.clamp_kqv", clip, kind)
     window = read.integer("attention.sliding_window", low=0, high=MAX_POSITIONS, default=0)
     if window and kind.model_type == "mixtral":
         config["sliding_window"] = window
     elif window:
-        raise UnsupportedError(f"attention.sliding_window = {window} in a {kind.model_type} GGUF")
+        raise _not_here("attention.sliding_window", window, kind)
+
+
+def _not_here(key: str, value: float, kind: Kind) -> UnsupportedError:
+    return UnsupportedError(
+        f"the GGUF sets {key} = {value:g}, which a {kind.model_type} has no place for",
+        fix="use the model's checkpoint",
+    )
 
 
 def _ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
