@@ -43,7 +43,7 @@ class Source(Protocol):
     """What quantize can read from."""
 
     config: dict[str, Any]
-    files: dict[str, bytes]  # copied unchanged into the store
+    files: dict[str, bytes]  # copied unchanged into the store; config.json says what config does
     source: str  # for the manifest: "org/name@revision", a folder's name, "builtin:..."
 
     def names(self) -> list[str]:

@@ -6,6 +6,7 @@ their ordinary names, with their ordinary shapes, decoded to float32 some rows a
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -262,6 +263,8 @@ def assemble(
 ) -> Assembled:
     """The Source of a folder whose `parts` make `tensors`; what was not taken stays as it is.
 
+    config: that of the model without what was undone; its config.json becomes this.
+
     Raises UnsupportedError if something is left that only an encoding could explain.
     """
     rest = frozenset(set(parts.names) - parts.taken)
@@ -277,7 +280,8 @@ def assemble(
             f"the checkpoint has tensor {both[0]!r} twice: plain and quantized",
             fix="fetch the checkpoint again",
         )
-    return Assembled(checkpoint.source, config, checkpoint.files, tensors, (checkpoint, rest))
+    files = checkpoint.files | {"config.json": json.dumps(config, indent=2).encode()}
+    return Assembled(checkpoint.source, config, files, tensors, (checkpoint, rest))
 
 
 def unpack_bits(words: npt.NDArray[Any], bits: int, count: int) -> npt.NDArray[np.uint8]:
