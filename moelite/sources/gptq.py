@@ -42,21 +42,30 @@ class GPTQ:
 
     def rows(self, start: int, stop: int) -> F32:
         codes, zeros, scales = self._read(start, stop)
-        groups = self._groups()
-        values = codes.astype(np.float32)  # [in, n]
-        values -= zeros.astype(np.float32)[groups]
-        values *= scales[groups]
-        return np.ascontiguousarray(values.T)
+        groups, count = self._groups(), scales.shape[1]
+        values = codes.astype(np.float32)
+        if self._in_order(groups):
+            blocks = values.reshape(len(values), count, self.shape[1] // count)
+            blocks -= zeros.astype(np.float32)[:, :, None]
+            blocks *= scales[:, :, None]
+        else:
+            values -= zeros.astype(np.float32)[:, groups]
+            values *= scales[:, groups]
+        return values
 
     def coded(self, start: int, stop: int) -> Coded | None:
         """Where columns are in order and the whole matrix has one zero point."""
         size = group_size(self.shape[1], self._scales.shape[0])
-        in_order = size is not None and (self._groups() == np.arange(self.shape[1]) // size).all()
         zeros = self._read_zeros(0, self.shape[0])
-        if not in_order or size is None or (zeros != zeros[0, 0]).any():
+        if size is None or not self._in_order(self._groups()) or (zeros != zeros[0, 0]).any():
             return None
         codes, _, scales = self._read(start, stop)
-        return coded(codes.T, int(zeros[0, 0]), scales.T, size, self._bits)
+        return coded(codes, int(zeros[0, 0]), scales, size, self._bits)
+
+    def _in_order(self, groups: npt.NDArray[np.int64]) -> bool:
+        """Are the groups of one size, one after another?"""
+        cols, count = self.shape[1], self._scales.shape[0]
+        return cols % count == 0 and bool((groups == np.arange(cols) // (cols // count)).all())
 
     def _groups(self) -> npt.NDArray[np.int64]:
         """The group of each column."""
@@ -73,11 +82,11 @@ class GPTQ:
         return index
 
     def _read(self, start: int, stop: int) -> tuple[U8, U8, F32]:
-        """codes [in, n], zeros [groups, n], scales [groups, n] of rows start..stop."""
+        """codes [n, in], zeros [n, groups], scales [n, groups] of rows start..stop."""
         words = self._codes.columns(start, stop)
-        codes = unpack_bits(words.T, self._bits, self.shape[1]).T
         scales = to_float32(self._scales.columns(start, stop), self._scales.dtype)
-        return codes, self._read_zeros(start, stop), scales
+        codes = unpack_bits(words.T, self._bits, self.shape[1])
+        return codes, self._read_zeros(start, stop).T, scales.T
 
     def _read_zeros(self, start: int, stop: int) -> U8:
         """zero points uint8 [groups, n]; 8 bits wrap."""
