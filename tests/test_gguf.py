@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import moelite
 from moelite.arch import TensorRef
-from moelite.convert import read_config
+from moelite.convert import open_source, read_config
 from moelite.errors import CheckpointError, MoeliteError, UnsupportedError
 from moelite.models import build
 from moelite.quant.codes import Coded
@@ -69,6 +69,7 @@ def test_a_gguf_is_its_checkpoint(model_type: str, variant: str, tmp_path: Path)
         assert source.nbytes(name) == want.nbytes
         np.testing.assert_array_equal(source.raw(name), want)
         np.testing.assert_array_equal(source.raw(name, 3, 11), want[3:11])
+        np.testing.assert_array_equal(source.raw(name, 19, 31), want[19:31])  # of other heads
 
 
 @pytest.mark.parametrize("model_type", sorted({m for m, _ in VARIANTS}))
@@ -152,6 +153,15 @@ def test_a_folder_with_one_gguf(mixtral: Path, tmp_path: Path) -> None:
     write_gguf(mixtral, folder / "other.gguf")
     with pytest.raises(CheckpointError, match="several GGUF models"):
         open_folder(folder)
+
+
+def test_a_gguf_that_is_not_there(tmp_path: Path) -> None:
+    """Not a hub id, though it looks like one."""
+    with pytest.raises(CheckpointError, match=r"no file models/x\.gguf"):
+        open_source("models/x.gguf", offline=True)
+    (tmp_path / "x.gguf").write_bytes(b"PK\x03\x04" + bytes(60))
+    with pytest.raises(CheckpointError, match="no GGUF file"):
+        open_source(tmp_path / "x.gguf")
 
 
 def test_fused_and_single_experts(mixtral: Path, tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 import moelite
+from moelite.arch import TensorRef
 from moelite.cli.quantize import as_dict, show
+from moelite.inventory import source_bytes
 from moelite.sources import open_folder
 
 PLAIN = ("embed_tokens", "norm", "lm_head", "block_sparse_moe.gate.")
@@ -89,6 +91,15 @@ def test_the_report_says_what_was_read(tmp_path: Path) -> None:
     share = 100 * report.encodings["gptq int4, groups of 32"] / report.bytes_before
     assert f"read from: gptq int4, groups of 32 ({share:.3g}%), F32 (" in text.getvalue()
     assert as_dict(report)["encodings"] == report.encodings
+
+
+def test_bytes_of_a_part_of_a_tensor(tmp_path: Path) -> None:
+    """Experts that lie in one tensor share its bytes."""
+    write_checkpoint(tmp_path, MIXTRAL, {"stack": np.zeros((4, 8, 6), np.float32)}, dtype="BF16")
+    source = open_folder(tmp_path)
+    ref = TensorRef(name="stack", stacked=True).at(1)
+    assert source_bytes(source, ref, (8, 6)) == 2 * 8 * 6
+    assert source_bytes(source, TensorRef(name="stack"), (4, 8, 6)) == 2 * 4 * 8 * 6
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
