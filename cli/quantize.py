@@ -32,7 +32,10 @@ _LINE_S = 10.0  # seconds between two lines where there is no bar
 def quantize(  # noqa: PLR0913 - one parameter per option
     src: Annotated[
         str,
-        typer.Argument(help="A checkpoint folder, a hub id (org/name[@revision]), or smollm2-moe."),
+        typer.Argument(
+            help="A checkpoint folder (quantized ones too), a GGUF file, a hub id"
+            " (org/name[@revision]), or smollm2-moe."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="The store's folder: a new one, or to go on with.")],
     experts: Annotated[
@@ -142,6 +145,7 @@ def show(console: Console, report: QuantizeReport) -> None:
         style="bold",
     )
     console.print(table)
+    console.print(Text(f"read from: {_shares(report.encodings)}"))
     if report.ignored:
         some = ", ".join(report.ignored[:_SHOWN_IGNORED])
         more = len(report.ignored) - _SHOWN_IGNORED
@@ -159,6 +163,12 @@ def _few(report: QuantizeReport) -> str:
     return f"experts that few tokens of the text reached: {some}" + (
         f" and {more} more" if more > 0 else ""
     )
+
+
+def _shares(encodings: dict[str, int]) -> str:
+    """How the checkpoint keeps what was read, in shares of its bytes."""
+    total = max(1, sum(encodings.values()))
+    return ", ".join(f"{name} ({100 * size / total:.3g}%)" for name, size in encodings.items())
 
 
 def _verdict(report: QuantizeReport) -> str:

@@ -43,7 +43,7 @@ class Source(Protocol):
     """What quantize can read from."""
 
     config: dict[str, Any]
-    files: dict[str, bytes]  # copied unchanged into the store
+    files: dict[str, bytes]  # copied unchanged into the store; config.json says what config does
     source: str  # for the manifest: "org/name@revision", a folder's name, "builtin:..."
 
     def names(self) -> list[str]:
@@ -53,7 +53,11 @@ class Source(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
     def dtype(self, name: str) -> str:
-        """As in safetensors: "BF16", "F16", "F32"."""
+        """As in safetensors, "BF16", "F16", "F32"; of a quantized tensor, how, in words."""
+        ...
+
+    def nbytes(self, name: str) -> int | None:
+        """What the tensor takes in the checkpoint; None if it is of a dtype that cannot be read."""
         ...
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> F32:
@@ -82,6 +86,19 @@ class Checkpoint:
     def dtype(self, name: str) -> str:
         """safetensors dtype. Raises CheckpointError when there is no such tensor."""
         return self._find(name)[1].dtype
+
+    def nbytes(self, name: str) -> int | None:
+        """Bytes in the file; None for a dtype that `raw` refuses."""
+        info = self._find(name)[1]
+        return info.nbytes if info.dtype in READABLE else None
+
+    def has(self, name: str) -> bool:
+        """Is there such a tensor?"""
+        return name in self._where
+
+    def place(self, name: str) -> tuple[Path, TensorInfo]:
+        """The file that a tensor lies in, and where. Raises CheckpointError if there is none."""
+        return self._find(name)
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Rows start:stop of axis 0 (all of a scalar) as float32; only their bytes are read.
@@ -155,14 +172,19 @@ def read_sidecars(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
             f"{path} has no config.json", fix="name the folder that holds config.json"
         )
     config = _json_object(folder / "config.json", files["config.json"])
-    _refuse_quantized(path, config)
     return files, config
+
+
+def read_json_file(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a small file of a checkpoint's folder."""
+    return _json_object(folder / name, _sidecar(folder, name))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a folder with config.json and safetensors; reads headers, no weights.
 
-    Raises CheckpointError for what is missing or damaged, UnsupportedError for a quantized one.
+    Tensors are given as they are stored: `moelite.sources` decodes those of quantized checkpoints.
+    Raises CheckpointError for what is missing or damaged.
     """
     files, config = read_sidecars(path)
     folder = path.resolve()
@@ -243,16 +265,6 @@ def _json_object(path: Path, data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return value
-
-
-def _refuse_quantized(path: Path, config: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        if (quantization := config.get(key)) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-            raise UnsupportedError(
-                f"{path} is already quantized (config.json {key}, quant_method {method!r})",
-                fix="use the unquantized checkpoint of this model",
-            )
 
 
 def _source_name(folder: Path) -> str:

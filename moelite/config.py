@@ -153,6 +153,10 @@ class HFConfig:
             return None
         return HFConfig(value, where=f"{key} in {self._where}")
 
+    def keys(self) -> tuple[str, ...]:
+        """Every key, in the file's order."""
+        return tuple(str(key) for key in self._raw)
+
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuse any value but those implemented; absent passes."""
         _, value = self._find((key,))
@@ -185,7 +189,7 @@ class HFConfig:
         raise UnsupportedError(
             f"{self._where} sets {', '.join(short(k) for k in rest[:8])}, which moelite does not "
             "know; it could change what the model computes",
-            fix=advice or "if you know that it changes nothing, remove it from config.json",
+            fix=advice or f"if you know that it changes nothing, remove it from {self._where}",
         )
 
     def _find(self, keys: tuple[str, ...]) -> tuple[str, Any]:

@@ -7,24 +7,22 @@ the result is byte-identical to an uninterrupted one.
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from platformdirs import user_cache_path
+from typing import Any
 
 from moelite.arch import TensorRef
 from moelite.calibrate import TOKENS, Rare
 from moelite.calibration import Calibration, read_text
-from moelite.checkpoint import READABLE, Source, open_checkpoint, read_sidecars
+from moelite.checkpoint import Source
 from moelite.errors import MoeliteError, StoreError
-from moelite.hub import Progress, resolve
-from moelite.inventory import Inventory, classes_of, take_inventory
+from moelite.hub import Progress
+from moelite.inputs import open_source
+from moelite.inventory import Inventory, classes_of, source_bytes, take_inventory
 from moelite.layerfile import write_layer
 from moelite.packing import (
     TEMPORARY,
@@ -67,8 +65,6 @@ from moelite.storefile import (
 from moelite.tensorfile import pwrite_all, read_header
 from moelite.units import show_bytes
 
-BUILTIN = "smollm2-moe"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeReport:
@@ -76,7 +72,8 @@ class QuantizeReport:
 
     reused: the store was finished already. resumed: files kept from an interrupted run. ignored:
     tensors of the checkpoint that the model does not use. rare: experts that the calibration text
-    reached little.
+    reached little. encodings: bytes read by how the checkpoint keeps them ("BF16", "Q4_K", "gptq
+    int4, groups of 128"), largest first.
     """
 
     source: str
@@ -84,6 +81,7 @@ class QuantizeReport:
     recipe: dict[str, Any]
     classes: tuple[TensorClass, ...]
     ignored: tuple[str, ...]
+    encodings: dict[str, int]
     layers: int
     seconds: float
     peak_rss_bytes: int
@@ -99,47 +97,6 @@ class QuantizeReport:
     @property
     def bytes_after(self) -> int:
         return sum(c.bytes_after for c in self.classes)
-
-
-def open_source(
-    src: Source | str | Path, *, offline: bool = False, progress: Progress | None = None
-) -> Source:
-    """The checkpoint that `src` means: a folder, a hub id, "smollm2-moe", or a Source itself."""
-    if not isinstance(src, str | Path):
-        return src
-    if str(src) == BUILTIN and not Path(src).exists():
-        from moelite.demo import open_builtin
-
-        def fetching(done: int, total: int) -> None:
-            if progress is not None:
-                progress(done, total, "fetching the base model")
-
-        found: Source = open_builtin(user_cache_path("moelite"), offline=offline, progress=fetching)
-        return found
-    return open_checkpoint(resolve(str(src), offline=offline, progress=progress))
-
-
-class Facts(NamedTuple):
-    """What small files tell of a model. manifest: None for what is not a store."""
-
-    config: dict[str, Any]
-    tokenizer_bytes: int
-    manifest: Manifest | None = None
-
-
-def read_config(path: str | Path, *, offline: bool = False) -> Facts:
-    """The facts of a store or a checkpoint. Of a hub id only the small files are fetched."""
-    folder = Path(path).expanduser()
-    if (folder / MANIFEST).exists():
-        manifest = read_manifest(folder / MANIFEST)
-        size = manifest.files.get("tokenizer.json", FileEntry(bytes=0, sha256="")).bytes
-        return Facts(read_json(folder / "config.json"), size, manifest)
-    if not folder.exists() and str(path) == BUILTIN:
-        source = open_source(BUILTIN, offline=offline)
-        return Facts(source.config, len(source.files.get("tokenizer.json", b"")))
-    folder = resolve(str(path), offline=offline, weights=False)
-    files, config = read_sidecars(folder)
-    return Facts(config, len(files.get("tokenizer.json", b"")))
 
 
 def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
@@ -159,14 +116,14 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
 ) -> QuantizeReport:
     """Write the store of a checkpoint; peak memory of this process stays below `ram`.
 
-    src: a checkpoint's folder, a hub id, "smollm2-moe" or a Source. experts, dense: formats
-    (default: int4, int8); or a recipe, by its name or file. low: the format of a plane of all
-    experts beside the main one, for `load(on_miss="low")`. dry_run: only report sizes.
+    src: a checkpoint's folder, a GGUF file, a hub id, "smollm2-moe" or a Source. experts, dense:
+    formats (default: int4, int8); or a recipe, by its name or file. low: the format of a plane of
+    all experts beside the main one, for `load(on_miss="low")`. dry_run: only report sizes.
     progress: called with (source bytes done, in all, what is being packed). calibrate: a text file
     or token ids, of which the first calibrate_tokens show the formats what experts read.
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
-    `open_checkpoint` and `take_inventory` raise.
+    `open_source` and `take_inventory` raise.
     """
     start = time.perf_counter()
     out = Path(out)
@@ -192,6 +149,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
         recipe=inventory.recipe.as_json(),
         classes=state.classes or inventory.classes,
         ignored=inventory.ignored,
+        encodings=inventory.encodings,
         layers=len(inventory.layers),
         seconds=time.perf_counter() - start,
         peak_rss_bytes=peak_rss_bytes(),
@@ -422,4 +380,4 @@ class _Job:
 
 
 def _source_bytes(source: Source, parts: Iterable[tuple[TensorRef, tuple[int, ...]]]) -> int:
-    return sum(math.prod(shape) * READABLE[source.dtype(ref.name)] for ref, shape in parts)
+    return sum(source_bytes(source, ref, shape) for ref, shape in parts)

@@ -34,9 +34,10 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_path
 from safetensors.numpy import load_file
 
-from moelite.demo_files import as_json, config_json, sidecars
+from moelite.demo_files import config_json, sidecars
 from moelite.errors import CheckpointError, DownloadError, OfflineError, UsageError
 from moelite.jit import kernel
+from moelite.sources.gguf_config import as_json
 
 Progress = Callable[[int, int], None]
 F32 = NDArray[np.float32]
@@ -255,6 +256,10 @@ class DemoCheckpoint:
         """The safetensors dtype of tensor `name`: always BF16."""
         self._known(name)
         return "BF16"
+
+    def nbytes(self, name: str) -> int:
+        """What tensor `name` would take as bf16."""
+        return 2 * math.prod(self.shape(name))
 
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Rows start..stop of tensor `name` as f32; every value is a bf16 value."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Protocol
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
-_CONTROL = 3  # GGUF token type of <|im_start|> and its like
+from moelite.sources import gguf_tokenizer
+from moelite.sources.gguf_config import as_json
 
 
 class Metadata(Protocol):
@@ -54,21 +54,10 @@ def config_json(base: Metadata, num_experts: int, top_k: int) -> dict[str, Any]:
 
 def tokenizer(base: Metadata) -> Tokenizer:
     """GPT-2's byte-level BPE, after cutting every digit apart (pre-tokenizer "smollm")."""
-    tokens = base.field("tokenizer.ggml.tokens")
-    kinds = base.field("tokenizer.ggml.token_type")
-    merges = [tuple(pair.split(" ")) for pair in base.field("tokenizer.ggml.merges")]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    made = Tokenizer(models.BPE(vocabulary, merges))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
+    names = ("model", "pre", "tokens", "token_type", "merges")
+    return gguf_tokenizer.build(
+        {f"tokenizer.ggml.{n}": base.field(f"tokenizer.ggml.{n}") for n in names}
     )
-    made.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
-    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    return made
 
 
 def sidecars(base: Metadata, config: dict[str, Any]) -> dict[str, bytes]:
@@ -98,8 +87,3 @@ def sidecars(base: Metadata, config: dict[str, Any]) -> dict[str, bytes]:
         "tokenizer_config.json": as_json(tokenizer_config),
         "chat_template.jinja": template.encode(),
     }
-
-
-def as_json(value: Any) -> bytes:
-    """`value` as the JSON files of a checkpoint are written: indented, sorted keys."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -23,7 +23,7 @@ Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, what is
 def resolve(
     name: str, *, offline: bool, progress: Progress | None = None, weights: bool = True
 ) -> Path:
-    """The folder of a checkpoint: a local path as it is, else the snapshot of a hub id.
+    """A local path (a checkpoint's folder, a GGUF file) as it is, else the snapshot of a hub id.
 
     weights=False fetches the small files only.
 
@@ -33,6 +33,10 @@ def resolve(
     local = Path(name).expanduser()
     if local.exists():
         return local
+    if name.endswith(".gguf"):
+        raise CheckpointError(
+            f"there is no file {name}", fix="check the path; a GGUF is read from your own disk"
+        )
     match = _HUB_ID.fullmatch(name)
     if match is None:
         raise CheckpointError(
@@ -42,7 +46,7 @@ def resolve(
     if weights and not any(folder.glob("*.safetensors")):
         raise CheckpointError(
             f"{name} holds no safetensors files; moelite never opens pickled weights",
-            fix="use a repository that has model.safetensors",
+            fix="use one that has model.safetensors, or download its GGUF file and name that",
         )
     return folder
 

@@ -37,7 +37,8 @@ class Inventory:
     """Everything to store. layers: {MoE layer: its MoE}; entries: how each is stored; ignored:
     tensors the model has no use for.
 
-    source_bytes, of all that is read; layer_bytes, of one layer's experts.
+    encodings: {dtype as the checkpoint has it: bytes read of it}, largest first. source_bytes: of
+    all that is read.
     """
 
     arch: Arch
@@ -47,6 +48,7 @@ class Inventory:
     layers: dict[int, MoE]
     classes: tuple[TensorClass, ...]
     ignored: tuple[str, ...]
+    encodings: dict[str, int]
     fingerprint: str
 
     @property
@@ -97,6 +99,7 @@ def take_inventory(source: Source, recipe: Recipe) -> Inventory:
         layers=moe,
         classes=table.classes(),
         ignored=tuple(sorted(table.names - table.used)),
+        encodings=dict(sorted(table.encodings.items(), key=lambda e: (-e[1], e[0]))),
         fingerprint=_fingerprint(source),
     )
 
@@ -160,6 +163,20 @@ def plan_layers(arch: Arch, recipe: Recipe) -> dict[int, LayerEntry]:
     return entries
 
 
+def source_bytes(source: Source, ref: TensorRef, shape: tuple[int, ...]) -> int:
+    """What the part of `shape` that `ref` names takes in the checkpoint, its share of a tensor.
+
+    Raises UnsupportedError if it cannot be read.
+    """
+    size = source.nbytes(ref.name)
+    if size is None:
+        raise UnsupportedError(
+            f"tensor {ref.name!r} is {source.dtype(ref.name)}; moelite reads {', '.join(READABLE)}",
+            fix="use the unquantized checkpoint of this model",
+        )
+    return size * math.prod(shape) // max(1, math.prod(source.shape(ref.name)))
+
+
 class _Table:
     """Bytes before and after by class, and the check of every tensor on the way."""
 
@@ -167,6 +184,7 @@ class _Table:
         self.names = names
         self.used: set[str] = set()
         self._source = source
+        self.encodings: dict[str, int] = {}
         self._rows: dict[tuple[str, str], list[int]] = {}
 
     def add(self, ref: TensorRef, shape: tuple[int, ...], row: tuple[str, str], after: int) -> None:
@@ -180,16 +198,13 @@ class _Table:
             raise CheckpointError(
                 f"tensor {ref.key!r} is {list(found)}; its config.json calls for {list(shape)}"
             )
+        before = source_bytes(self._source, ref, shape)
         dtype = self._source.dtype(ref.name)
-        if dtype not in READABLE:
-            raise UnsupportedError(
-                f"tensor {ref.name!r} is {dtype}; moelite reads {', '.join(READABLE)}",
-                fix="use the unquantized checkpoint of this model",
-            )
+        self.encodings[dtype] = self.encodings.get(dtype, 0) + before
         self.used.add(ref.name)
         params = math.prod(shape)
         sums = self._rows.setdefault(row, [0, 0, 0, 0])
-        for i, value in enumerate((1, params, params * READABLE[dtype], after)):
+        for i, value in enumerate((1, params, before, after)):
             sums[i] += value
 
     def low(self, entry: LayerEntry) -> None:
@@ -261,13 +276,12 @@ def _linear(part: Linear, kind: str, fmt: str) -> Iterator[DenseItem]:
 
 def _fingerprint(source: Source) -> str:
     """Tells two checkpoints apart: config, every shape, and a first row of some tensors."""
-    names = source.names()
-    shapes = [(name, source.dtype(name), source.shape(name)) for name in names]
+    shapes = [(name, source.dtype(name), source.shape(name)) for name in source.names()]
     digest = hashlib.sha256(json.dumps([source.config, shapes], sort_keys=True).encode())
     small = [
         name
-        for name, dtype, shape in shapes
-        if dtype in READABLE and shape and 0 < math.prod(shape[1:]) <= _SAMPLE_LIMIT
+        for name, _, shape in shapes
+        if source.nbytes(name) is not None and shape and 0 < math.prod(shape[1:]) <= _SAMPLE_LIMIT
     ]
     for name in small[:: max(1, len(small) // _SAMPLES)]:
         digest.update(source.raw(name, 0, 1).tobytes())

@@ -82,9 +82,9 @@ def stored(manifest: Manifest) -> Stored:
 def sizes_of(path: str | Path, settings: Settings) -> Sizes:
     """What a budget is planned for, from headers alone.
 
-    path: a store, which keeps its own formats, or a checkpoint as `convert.open_source` takes it.
+    path: a store, which keeps its own formats, or a checkpoint as `inputs.open_source` takes it.
     """
-    from moelite.convert import read_config
+    from moelite.inputs import read_config
 
     found = read_config(path)
     arch = build(found.config)

@@ -228,6 +228,10 @@ class RandomSource:
         """BF16, as published checkpoints have it."""
         return "BF16"
 
+    def nbytes(self, name: str) -> int:
+        """Two bytes a weight."""
+        return 2 * math.prod(self._shapes[name])
+
     def raw(self, name: str, start: int = 0, stop: int | None = None) -> F32:
         """Only tells two seeds apart: weights are drawn packed, never as numbers."""
         rows = len(range(self._shapes[name][0])[start:stop])

@@ -29,6 +29,8 @@ F32 = FORMATS["f32"]
 class Spy:
     """The f32 format, remembering the Curvature of every matrix."""
 
+    exact = True
+
     def __init__(self) -> None:
         self.curves: list[Curvature] = []
 
@@ -36,6 +38,12 @@ class Spy:
         assert curve is not None
         self.curves.append(curve)
         return F32.pack(weight)
+
+    def nbytes(self, rows: int, cols: int) -> int:
+        return F32.nbytes(rows, cols)
+
+    def tile_bytes(self, cols: int) -> int:
+        return F32.tile_bytes(cols)
 
     def unpack(self, packed: np.ndarray, rows: int, cols: int) -> np.ndarray:
         return F32.unpack(packed, rows, cols)
@@ -56,7 +64,7 @@ def calibrated(model: Path, store: Path, text: Text, spy: Spy, spill: Path | Non
         assert isinstance(mlp, MoE)
         for expert in range(mlp.num_experts):
             gate, up, down = (read(source, p.weight.at(expert)) for p in mlp.experts.matrices)
-            walk.pack(number, expert, (spy, spy), (gate, up, down))
+            walk.pack(number, expert, [(spy, spy)], (gate, up, down))
     return walk, arch
 
 
@@ -243,4 +251,4 @@ def test_experts_come_in_their_order(tmp_path: Path) -> None:
         np.zeros((64, 96), np.float32),
     )
     with pytest.raises(AssertionError, match="order"):
-        walk.pack(0, 1, (F32, F32), zeros)
+        walk.pack(0, 1, [(F32, F32)], zeros)

@@ -14,8 +14,7 @@ from tiny_checkpoint import MIXTRAL, QWEN3_MOE, weights, write_checkpoint
 from moelite import calibration
 from moelite.convert import quantize
 from moelite.errors import BudgetError, QuantizationError, StoreError, UsageError
-from moelite.quant import FORMATS
-from moelite.quant.base import open_record
+from moelite.quant.record import unpack_record
 from moelite.store import ExpertKey, Store
 from moelite.units import MIB
 
@@ -45,10 +44,10 @@ def test_calibrated_experts_answer_nearer(tmp_path: Path) -> None:
     loss = {}
     for store in ("plain", "fed"):
         opened = Store.open(tmp_path / store)
-        record = np.empty(opened.layout.record_bytes, np.uint8)
+        record = np.empty(opened.layers[0].slot_bytes, np.uint8)
         opened.read_record(ExpertKey(0, 1), record)
-        gate = open_record(FORMATS["int4"], opened.layout, record)[0]
-        error = FORMATS["int4"].unpack(gate, 96, 64) - tensors[name.format("w1")]
+        gate, _, _ = unpack_record(opened.layers[0].tiers[0], record)
+        error = gate - tensors[name.format("w1")]
         loss[store] = np.square(x @ error.T).sum()
         opened.close()
     assert loss["fed"] < 0.9 * loss["plain"]

@@ -156,13 +156,6 @@ def test_missing_things_are_named(tmp_path: Path, folder: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_quantized_checkpoints_are_refused(folder: Path) -> None:
-    config = MIXTRAL | {"quantization_config": {"quant_method": "gptq"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedError, match="'gptq'"):
-        open_checkpoint(folder)
-
-
 @pytest.mark.parametrize("dtype", ["F8_E4M3", "I8", "F99_NEW"])
 def test_other_dtypes_are_refused_when_read(folder: Path, dtype: str) -> None:
     write_raw(folder / "model.safetensors", {"x": (dtype, (4,), b"1234")})

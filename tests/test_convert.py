@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from tiny_checkpoint import MIXTRAL, QWEN3_MOE, layout_of, weights, write_checkpoint
 
-from moelite import convert, packing
+from moelite import convert, inputs, packing
 from moelite.arch import TensorRef
 from moelite.checkpoint import open_checkpoint
-from moelite.convert import quantize, read_config
+from moelite.convert import quantize
 from moelite.errors import (
     BudgetError,
     CheckpointError,
@@ -28,6 +28,7 @@ from moelite.errors import (
     UnsupportedError,
     UsageError,
 )
+from moelite.inputs import read_config
 from moelite.quant import FORMATS
 from moelite.store import Store
 from moelite.units import MIB
@@ -388,7 +389,7 @@ def test_the_built_in_model_by_name(
 
     monkeypatch.setattr(demo, "open_builtin", fetch)
     seen: list[tuple[int, int, str]] = []
-    convert.open_source("smollm2-moe", progress=lambda *now: seen.append(now))
+    inputs.open_source("smollm2-moe", progress=lambda *now: seen.append(now))
     assert seen == [(1, 2, "fetching the base model")]
     report = quantize("smollm2-moe", tmp_path / "store", dry_run=True)
     assert report.layers == 3

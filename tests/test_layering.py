@@ -19,6 +19,7 @@ LAYERS = (
         "engine",
         "sizing",
         "convert",
+        "inputs",
         "calibration",
         "demo",
         "demo_files",
@@ -35,6 +36,7 @@ LAYERS = (
         *{
             "quant",
             "checkpoint",
+            "sources",
             "hub",
             "config",
             "arch",
