@@ -111,6 +111,8 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
     columns = [item.spec.shape[-1] for item in inventory.items.values()]
     columns += [inventory.layout.hidden_size, inventory.layout.expert_size]
     chunk = max(4 * cols * _chunk_rows(cols) for cols in columns)
+    if FORMATS[inventory.experts].whole:
+        chunk = max(chunk, 4 * inventory.layout.hidden_size * inventory.layout.expert_size)
     each = 2 * inventory.layout.record_bytes + chunk * _PACK_FACTOR  # three parts, and the record
     each += max(_held_bytes(source, ref) for ref in refs)
     base = rss_bytes() + _SLACK_BYTES
