@@ -1,6 +1,6 @@
 """mxfp4: 4-bit floats, blocks of 32 columns under a power of two. 4.25 bits per weight.
 
-    w = E2M1[code] * 2^(e - 128),  code in 0..15: 0 1 2 3 4 6 8 12, from 8 on negative;  e in 0..254
+    w = E2M1[code] * 2^(e - 128),  code in 0..15: 0 1 2 3 4 6 8 12, from 8 on negative;  e in 0..252
 
 As in OCP's Microscaling Formats 1.0, whose elements are half of these entries and whose scale,
 E8M0, is 2^(e - 127): what gpt-oss and others are published in fits exactly (`from_codes`). Packing
@@ -20,7 +20,7 @@ import numpy as np
 
 from moelite.errors import QuantizationError
 from moelite.jit import inlined
-from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8, TileLayout, check_packed
+from moelite.quant.base import BLOCK, F32, TILE_ROWS, U8, TileLayout, check_packed, rank
 from moelite.quant.codes import E2M1, Coded
 from moelite.quant.nibbles import SMALL, Parts, make_products
 from moelite.quant.nibbles_pack import (
@@ -34,7 +34,7 @@ from moelite.quant.nibbles_pack import (
 from moelite.simd import add_i8, load_e8m0_half, load_table16, splat_f32, splat_i8
 
 LAYOUT = TileLayout(head=0, scale_bytes=TILE_ROWS, code_bytes=CODE_BYTES)
-_LAST = 254  # 255 is NaN
+_LAST = 252  # beyond, 12 times the scale is no float32; 255 is NaN
 _TABLE = E2M1
 _EVEN = np.array([0.5, 2.5, 5, 10], np.float32)  # middles whose lower entry has an even code
 _ODD = np.array([1.5, 3.5, 7], np.float32)
@@ -58,8 +58,11 @@ multiply, row = make_products(
 def _round(values: F32) -> U8:
     """Codes of values in units of half a scale."""
     size = np.abs(values)
-    code = (size[..., None] > _EVEN).sum(axis=-1) + (size[..., None] >= _ODD).sum(axis=-1)
-    return (code + 8 * (values < 0)).astype(np.uint8)
+    code = rank(size, _EVEN)
+    for middle in _ODD:
+        code += size >= middle
+    code[values < 0] += 8
+    return code
 
 
 class Mxfp4(Carrier):
@@ -96,7 +99,7 @@ class Mxfp4(Carrier):
         bad = (size != 0.5) | (power < 0) | (power > _LAST)
         if wrong := int(np.count_nonzero(bad & ~none)):
             raise QuantizationError(
-                f"{wrong} of {coded.scales.size} scales are not powers of two from 2^-128 to 2^126",
+                f"{wrong} of {coded.scales.size} scales are not powers of two from 2^-128 to 2^124",
                 fix="choose another format, such as int4-f16",
             )
         codes = coded.codes * ~np.repeat(none, BLOCK, axis=1)

@@ -36,6 +36,7 @@ from moelite.quant.curvature import Curvature
 from moelite.quant.nf4_pack import MAP, NESTED, SPAN, TABLE, pad_rows, quantize, quantize_absmax
 from moelite.quant.nf4_tiles import make_products
 from moelite.quant.nibbles_pack import CODE_BYTES, read_blocks, read_scales, to_rows, write_blocks
+from moelite.simd import add_f32, load_f32, mul_f32, splat_f32, store_f32
 
 _SCALES_BYTES = 32
 
@@ -63,10 +64,18 @@ def _put_scales(packed, tile, blocks, scales):
     offset, before, at = head[0], np.int64(head[1]), tile + size
     for span in range(spans):
         for r in range(8):
-            nested = head[2 + (before + r * spans + span) // 256]
-            scales[span * 8 + r] = MAP[packed[at + span % 4 * 8 + r]] * nested + offset
+            scales[span * 8 + r] = MAP[packed[at + span % 4 * 8 + r]]
         if span % 4 == 3:
             at += _SCALES_BYTES + 8 * CODE_BYTES
+    if before + 8 * spans <= NESTED:  # all share one: half the work (scalar: a third of a product)
+        by, more = splat_f32(head[2]), splat_f32(offset)
+        for at in range(0, 8 * spans, 8):
+            store_f32(scales, at, add_f32(mul_f32(load_f32(scales, at), by), more))
+        return
+    for span in range(spans):
+        for r in range(8):
+            nested = head[2 + ((before + r * spans + span) >> 8)]
+            scales[span * 8 + r] = scales[span * 8 + r] * nested + offset
 
 
 multiply, row = make_products("nf4_dq", _head, _SCALES_BYTES, _put_scales)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moelite.quant.base import F32, TILE_ROWS, U8
+from moelite.quant.base import F32, TILE_ROWS, U8, rank
 
 SPAN = 64  # values that share an absmax
 NESTED = 256  # absmax that share a nested absmax, with double quantization
@@ -49,9 +49,7 @@ def quantize(weight: F32) -> tuple[U8, F32]:
     absmax = np.abs(blocks).max(axis=2)
     inverse = np.float32(1) / np.maximum(absmax, np.float32(1e-38))
     scaled = np.clip(blocks * inverse[..., None], np.float32(-1), np.float32(1))
-    # on a bound the lower code wins
-    codes = np.searchsorted(_BOUNDS, scaled.reshape(-1)).astype(np.uint8)
-    return codes.reshape(weight.shape), absmax
+    return rank(scaled, _BOUNDS).reshape(weight.shape), absmax
 
 
 def pad_rows(codes: U8, scales: F32 | U8) -> tuple[U8, Any]:

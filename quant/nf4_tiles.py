@@ -118,23 +118,23 @@ def make_products(name: str, head_of: Any, scales_bytes: int, put_scales: Any) -
 
 
 def _make_one(name: str, scales_bytes: int) -> Any:
-    dot = _make_block(Narrow, *FULL, f"{name}.one")
+    plane = make_block(Narrow, *FULL, f"{name}.one")
 
-    def planes(packed, at, tables):
-        return (
-            decode(packed, at, tables[0]),
-            decode(packed, at, tables[1]),
-            decode(packed, at, tables[2]),
-        )
+    def dot(packed, at, tables, act, k):
+        # as _make_block, one plane after another: there may be no more than 16 registers
+        part = splat_f32(_PART)
+        low = plane(decode(packed, at, tables[2]), act, k)
+        rest = fma_f32(low, part, plane(decode(packed, at, tables[1]), act, k))
+        return fma_f32(rest, part, plane(decode(packed, at, tables[0]), act, k))
 
-    planes = inlined(planes, name)
+    dot = inlined(dot, name)
 
     def pair(packed, at, tables, absmax, act, k, acc):
         # acc + two blocks that share an absmax
         scale = mul_f32(absmax, splat_f32_at(act.scale, k))
-        acc = fma_f32(dot(planes(packed, at, tables), act, k), scale, acc)
+        acc = fma_f32(dot(packed, at, tables, act, k), scale, acc)
         scale = mul_f32(absmax, splat_f32_at(act.scale, k + 1))
-        return fma_f32(dot(planes(packed, at + CODE_BYTES, tables), act, k + 1), scale, acc)
+        return fma_f32(dot(packed, at + CODE_BYTES, tables, act, k + 1), scale, acc)
 
     pair = inlined(pair, name)
 

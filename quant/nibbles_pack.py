@@ -22,6 +22,7 @@ from moelite.quant.base import (
     check_weight,
     empty_packed,
     pad,
+    rank,
 )
 from moelite.quant.codes import Coded
 from moelite.quant.curvature import Curvature
@@ -90,7 +91,7 @@ def tiles_of(fmt: Any, packed: U8, cols: int, start: int, n: int) -> U8:
 def nearest(values: F32, table: npt.NDArray[np.int8]) -> U8:
     """Codes of the entries nearest to float32 values; `table` ascends."""
     middles = (table[:-1].astype(np.float32) + table[1:].astype(np.float32)) / np.float32(2)
-    return np.searchsorted(middles, values.reshape(-1)).reshape(values.shape).astype(np.uint8)
+    return rank(values, middles)
 
 
 def search(blocks: F32, table: npt.NDArray[np.int8]) -> F32:

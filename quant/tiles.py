@@ -37,8 +37,7 @@ def make_gemm(words: Any, block: Any, name: str, load: Any) -> Any:
     """The product of unpacked tiles with many positions, by the `block` product of the same words.
 
     gemm(codes, scales, row_scales, act, job, row): rows row .. row + lanes of the result, for all
-    positions of the job, in the same arithmetic as a format's own product of one token. load: what
-    `block` multiplies, from the codes of a block.
+    positions of the job, in the arithmetic of a format's product of one token. load: see make_many.
     """
     w = words
     zero, load_scales, store, mul, fma = w.zero, w.load_scales, w.store, w.mul, w.fma
@@ -181,7 +180,8 @@ def make_many(unpack: Any, block: Any, codes: tuple[Any, int], name: str, loads:
         wide = make_gemm(Wide, block(Wide, Wide.dot_u8, offset, tag), tag, loader(Wide, tag))
 
     def many(matrix, act, job, first, stop):
-        codes = np.empty(act.blocks * TILES * 256 * planes, np.uint8)
+        room = np.empty(act.blocks * TILES * 256 * planes + 64, np.uint8)
+        codes = room[-raw.address(room) % 64 :]  # vectors of 64 bytes within their cache lines
         scales = np.empty(act.blocks * TILES * 8, np.float32)
         last = np.empty(TILES * 8, np.float32)
         packed, step, tile = matrix.packed, matrix.tile_bytes, first

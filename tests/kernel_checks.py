@@ -14,7 +14,8 @@ from llvmlite import binding
 from moelite import jit
 from moelite.dispatch import matrix_of, multiply, new_act, quantize_row
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, Job, pad
+from moelite.quant.base import F32, U8, Job, pad
+from moelite.quant.codes import IQ4_NL, Q4_0, Coded
 
 # What makes numba compile for another target; the results are the same bits.
 FORCED = {
@@ -44,11 +45,17 @@ TOLERANCE = 1e-6
 
 
 def product(name: str, weight: F32, x: F32, base: int = 0) -> tuple[F32, F32, F32]:
+    """`product_of` the packed weight."""
+    return product_of(name, FORMATS[name].pack(weight), weight.shape, x, base)
+
+
+def product_of(
+    name: str, packed: U8, shape: tuple[int, int], x: F32, base: int = 0
+) -> tuple[F32, F32, F32]:
     """(kernel's x @ W.T, the same in float64 of what the kernel is given, the sum of the terms'
     sizes), all [T, O]. base: the matrix begins that many bytes into a longer array.
     """
-    fmt, (rows, cols), tokens = FORMATS[name], weight.shape, len(x)
-    packed = fmt.pack(weight)
+    fmt, (rows, cols), tokens = FORMATS[name], shape, len(x)
     act = new_act(tokens, cols, quantized=True)
     act.x.reshape(tokens, -1)[:, :cols] = x
     for row in range(tokens):
@@ -73,7 +80,11 @@ def product(name: str, weight: F32, x: F32, base: int = 0) -> tuple[F32, F32, F3
 
 def check(name: str, weight: F32, x: F32, base: int = 0) -> None:
     """Raises AssertionError where the kernel is wrong."""
-    got, want, size = product(name, weight, x, base)
+    close(*product(name, weight, x, base))
+
+
+def close(got: F32, want: F32, size: F32) -> None:
+    """Raises AssertionError where a product is not what it should be."""
     np.testing.assert_array_less(np.abs(got - want), TOLERANCE * size + 1e-30)
 
 
@@ -105,6 +116,21 @@ def random(name: str, seed: int, shape: tuple[int, int], tokens: int, base: int 
     check(name, weight.astype(np.float32), x.astype(np.float32), base)
 
 
+def carried(tokens: int) -> None:
+    """int4-f16 with tables of others, which use all of int8, at their limits and at random."""
+    rng = np.random.default_rng(tokens)
+    limits = np.array([-127, 127] * 8, np.int8)
+    for table in (limits, IQ4_NL, Q4_0):
+        codes = rng.integers(0, 16, (40, 2048)).astype(np.uint8)
+        codes[:2], codes[2:4] = [[0], [1]], [[15], [0]]
+        scales = (rng.normal(size=(40, 64)) * 0.01).astype(np.float16).astype(np.float32)
+        packed = FORMATS["int4-f16"].from_codes(Coded(table, codes, scales))
+        x = rng.normal(size=(tokens, 2048)).astype(np.float32)
+        x[::2] = np.sign(x[::2])
+        x[0] = 1
+        close(*product_of("int4-f16", packed, codes.shape, x))
+
+
 if __name__ == "__main__":
     # one format for each kernel: of vq, entries of 16, 8 and 4 bytes in one plane and in two
     for fmt in ("int8", "int4", "int4-f16", "mxfp4", "nf4", "nf4-dq", "vq-1.5", "vq-3", "qmoe"):
@@ -112,4 +138,6 @@ if __name__ == "__main__":
             worst(fmt, count)
             random(fmt, count, (75, 72), count)
             random(fmt, count, (16, 2080), count, 64)
+    for count in (1, 9):
+        carried(count)
     sys.stdout.write(jit.TARGET)

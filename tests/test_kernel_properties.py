@@ -21,6 +21,11 @@ def test_worst_cases(fmt: str, tokens: int) -> None:
     kernel_checks.worst(fmt, tokens)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 9, 21])
+def test_tables_that_use_all_of_int8(tokens: int) -> None:
+    kernel_checks.carried(tokens)
+
+
 @settings(max_examples=120, deadline=None)
 @given(
     fmt=st.sampled_from(list(FORMATS)),
