@@ -10,8 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_checkpoint import MIXTRAL, QWEN3_MOE, weights, write_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from moelite import calibration
+from moelite.cli import main
 from moelite.convert import quantize
 from moelite.errors import BudgetError, QuantizationError, StoreError, UsageError
 from moelite.quant.record import unpack_record
@@ -124,6 +128,20 @@ def test_texts_that_are_none(model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="10 tokens are too few"):
         quantize(model, tmp_path / "store", calibrate=IDS[:10])
     assert not (tmp_path / "store").exists()
+
+
+def test_the_command_reads_the_text_with_the_models_tokenizer(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inner = Tokenizer(WordLevel({str(i): i for i in range(100)}, unk_token="0"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    inner.save(str(model / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text(" ".join(map(str, IDS)))
+    arguments = ["--calibrate", str(tmp_path / "text.txt"), "--calibrate-tokens", "600"]
+    assert main.exit_code(["quantize", str(model), str(tmp_path / "text"), *arguments]) == 0
+    assert "experts that few tokens of the text reached: layer" in capsys.readouterr().out
+    quantize(model, tmp_path / "ids", ram=None, calibrate=IDS, calibrate_tokens=600)
+    assert contents(tmp_path / "text") == contents(tmp_path / "ids")
 
 
 def test_nan_is_named(tmp_path: Path) -> None:
