@@ -20,7 +20,7 @@ from moelite.errors import CheckpointError, MoeliteError, UnsupportedError
 from moelite.inputs import open_source, read_config
 from moelite.models import build
 from moelite.sources import open_folder
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.gguf_file import read_gguf
 from moelite.sources.gguf_tensors import Rows
 from moelite.tokenizer import Tokenizer
@@ -206,7 +206,7 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 # --- tensor types ---
 
 
-def numbers(coded: Coded) -> np.ndarray:
+def numbers(coded: Codes) -> np.ndarray:
     """What the codes say, in float32."""
     entries = coded.codes if coded.kind == "int8" else coded.table[coded.codes]
     return entries.astype(np.float32) * np.repeat(coded.scales, coded.block, axis=1)

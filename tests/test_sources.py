@@ -16,7 +16,7 @@ from moelite.checkpoint import Source
 from moelite.errors import CheckpointError
 from moelite.quant.base import F32
 from moelite.sources import open_folder, read_small
-from moelite.sources.coded import Coded, finer_scales
+from moelite.sources.codes import Codes, finer_scales
 from moelite.sources.tensor import E2M1_TWICE, unpack_bits
 
 # what can be repacked without loss: (kind, columns that share a scale)
@@ -50,7 +50,7 @@ def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Source:
     return open_folder(make_folder(tmp_path / "model", *stored(request.param)))
 
 
-def numbers(coded: Coded) -> F32:
+def numbers(coded: Codes) -> F32:
     """What the codes say, in float32."""
     if coded.kind == "nf4":
         entries = NF4[coded.codes]
@@ -116,7 +116,7 @@ def test_nested_scales_come_with_their_codes(opened: Any) -> None:
 
 def test_finer_scales() -> None:
     scales = np.float32([[1, 2, 3]])
-    coded = Coded("int8", np.empty(0, np.int8), np.zeros((1, 160), np.int8), scales, 64)
+    coded = Codes("int8", np.empty(0, np.int8), np.zeros((1, 160), np.int8), scales, 64)
     np.testing.assert_array_equal(finer_scales(coded, 32), [[1, 1, 2, 2, 3]])
 
 

@@ -20,7 +20,7 @@ import moelite
 from moelite.arch import TensorRef
 from moelite.cli.quantize import as_dict, show
 from moelite.inventory import source_bytes
-from moelite.sources import open_folder
+from moelite.sources import coded, open_folder
 
 PLAIN = ("embed_tokens", "norm", "lm_head", "block_sparse_moe.gate.")
 
@@ -97,6 +97,7 @@ def test_bytes_of_a_part_of_a_tensor(tmp_path: Path) -> None:
     """Experts that lie in one tensor share its bytes."""
     write_checkpoint(tmp_path, MIXTRAL, {"stack": np.zeros((4, 8, 6), np.float32)}, dtype="BF16")
     source = open_folder(tmp_path)
+    assert coded(source, TensorRef(name="stack")) is None  # plain: numbers only
     ref = TensorRef(name="stack", stacked=True).at(1)
     assert source_bytes(source, ref, (8, 6)) == 2 * 8 * 6
     assert source_bytes(source, TensorRef(name="stack"), (4, 8, 6)) == 2 * 4 * 8 * 6
@@ -117,6 +118,16 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     path.write_bytes(bytes(data))
     with pytest.raises(moelite.errors.StoreError, match="other weights"):
         moelite.quantize(tmp_path / "m", tmp_path / "s", ram=None)
+
+
+def test_codes_of_a_source(tmp_path: Path) -> None:
+    tensors = write_encoded(tmp_path / "m", "pack-quantized")
+    name = "model.layers.1.block_sparse_moe.experts.2.w2.weight"
+    found = coded(open_folder(tmp_path / "m"), TensorRef(name=name), 8, 24)
+    assert found is not None
+    assert (found.kind, found.block, found.codes.shape) == ("int4", 32, (16, 96))
+    got = found.table.astype(np.float32)[found.codes] * found.scales.repeat(32, axis=1)
+    np.testing.assert_array_equal(got, tensors[name][8:24])
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

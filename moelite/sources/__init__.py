@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from moelite.arch import TensorRef
 from moelite.checkpoint import Source, open_checkpoint, read_json_file, read_sidecars
 from moelite.config import HFConfig, short
 from moelite.errors import CheckpointError, UnsupportedError
 from moelite.sources import awq, bitsandbytes, compressed, fp8, gguf_model, gptq, mxfp4
-from moelite.sources.tensor import Parts, Tensor, assemble
+from moelite.sources.codes import Codes
+from moelite.sources.tensor import Assembled, Parts, Tensor, assemble
 
 _METHODS: dict[str, Callable[[Parts, HFConfig], dict[str, Tensor]]] = {
     "awq": awq.find,
@@ -49,6 +51,13 @@ def open_folder(path: Path) -> Source:
             fix="remove quantization_config from config.json if the weights are plain",
         )
     return assemble(checkpoint, without_quantization(checkpoint.config), parts, tensors)
+
+
+def coded(source: Source, ref: TensorRef, start: int = 0, stop: int | None = None) -> Codes | None:
+    """Rows start:stop of the matrix `ref` names, as the codes it was read from; None where only
+    numbers exist, as in a plain checkpoint.
+    """
+    return source.coded(ref, start, stop) if isinstance(source, Assembled) else None
 
 
 def read_small(path: Path) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -18,7 +18,7 @@ from moelite.config import HFConfig
 from moelite.errors import CheckpointError
 from moelite.quant.base import F32, U8
 from moelite.sources.affine import coded, group_size
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.tensor import FLOATS, Parts, Stored, Tensor, to_float32, unpack_bits
 
 _WORD = 8  # codes
@@ -44,7 +44,7 @@ class AWQ:
         values *= scales[:, None]
         return np.ascontiguousarray(values.reshape(codes.shape).T)
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """Where the whole matrix has one zero point."""
         zeros = _unpack(self._zeros, 0, self.shape[0])
         size = group_size(self.shape[1], self._scales.shape[0])

@@ -27,7 +27,7 @@ import numpy as np
 from moelite.config import MAX_SIZE, HFConfig
 from moelite.errors import CheckpointError
 from moelite.quant.base import F32
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.tensor import Parts, Stored, Tensor
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -80,7 +80,7 @@ class FourBit:
         values *= self._scales(first, last)
         return values.reshape(stop - start, cols)
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """nf4 whose blocks do not cross from one row into the next."""
         cols = self.shape[1]
         if self._kind != "nf4" or cols % self._block:
@@ -99,7 +99,7 @@ class FourBit:
                 "offset": float(nested.offset),
                 "block": nested.block,
             }
-        return Coded("nf4", np.empty(0, np.int8), codes, scales, self._block, extra)
+        return Codes("nf4", np.empty(0, np.int8), codes, scales, self._block, extra)
 
     def _scales(self, first: int, last: int) -> F32:
         """The scale of each of the weights first..last of the flattened matrix."""
@@ -135,11 +135,11 @@ class EightBit:
         values *= np.float32(1 / 127)  # in this order, as the library does
         return values
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """The codes; their scales are absmax / 127, which may round otherwise than `rows`."""
         scales = self._absmax.rows(start, stop)[:, None] * np.float32(1 / 127)
         codes = self._codes.rows(start, stop)
-        return Coded("int8", np.empty(0, np.int8), codes, scales, self.shape[1])
+        return Codes("int8", np.empty(0, np.int8), codes, scales, self.shape[1])
 
 
 def find(parts: Parts, config: HFConfig) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from moelite.config import MAX_SIZE, HFConfig
 from moelite.errors import CheckpointError, UnsupportedError
 from moelite.quant.base import F32
 from moelite.sources.affine import coded, group_size
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.grid import Grid, Scaled, grid
 from moelite.sources.tensor import (
     E2M1,
@@ -94,7 +94,7 @@ class Packed:
         values *= self._spread(self._scales.rows(start, stop))
         return values
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """Where the whole matrix has one zero point and columns are in order."""
         size = group_size(self.shape[1], self._groups)
         zeros = self._zero_points(0, self.shape[0])
@@ -160,12 +160,12 @@ class Float4:
         values *= scales[..., None]
         return values.reshape(codes.shape)
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         if self._whole is not None:
             return None
         codes = unpack_bits(self._packed.rows(start, stop), 4, self.shape[1])
         scales = self._scales.numbers(start, stop) / np.float32(2)
-        return Coded("mxfp4", E2M1_TWICE, codes, scales, self._block)
+        return Codes("mxfp4", E2M1_TWICE, codes, scales, self._block)
 
 
 def find(parts: Parts, config: HFConfig) -> dict[str, Tensor]:

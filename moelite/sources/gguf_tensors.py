@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moelite.errors import CheckpointError, UnsupportedError
 from moelite.quant.base import F32, U8
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.gguf_file import Entry
 from moelite.sources.tensor import E2M1_TWICE
 from moelite.tensorfile import pread_into
@@ -56,14 +56,14 @@ class Rows:
             return np.ascontiguousarray(whole[start:stop])
         return self._decode(self._ordered(start, stop))
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         unpack = _CODED.get(self._entry.kind)
         if unpack is None or len(self.shape) == 1:
             return None
         data = self._ordered(start, stop)
         codes, scales = unpack(data.reshape(len(data), self.shape[1] // _BLOCK, -1))
         kind, table = _TABLES[self._entry.kind]
-        return Coded(kind, table, codes.reshape(len(data), -1), scales, _BLOCK)
+        return Codes(kind, table, codes.reshape(len(data), -1), scales, _BLOCK)
 
     def _decode(self, data: U8) -> F32:
         if self._entry.kind in PLAIN and self._entry.kind != _Type.BF16:

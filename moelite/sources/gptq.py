@@ -20,7 +20,7 @@ from moelite.config import HFConfig
 from moelite.errors import CheckpointError
 from moelite.quant.base import F32, U8
 from moelite.sources.affine import coded, group_size
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.tensor import FLOATS, Parts, Stored, Tensor, to_float32, unpack_bits
 
 BITS = (2, 3, 4, 8)
@@ -53,7 +53,7 @@ class GPTQ:
             values *= scales[:, groups]
         return values
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """Where columns are in order and the whole matrix has one zero point."""
         size = group_size(self.shape[1], self._scales.shape[0])
         zeros = self._read_zeros(0, self.shape[0])

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from moelite.errors import CheckpointError
 from moelite.quant.base import F32
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.tensor import Stored
 
 
@@ -83,11 +83,11 @@ class Scaled:
         values *= self._scales.spread(start, stop, self.shape[1])
         return values
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """int8 without zero points is codes and scales; FP8 is not."""
         if self._values.dtype != "I8" or self._zeros is not None:
             return None
         codes: npt.NDArray[np.int8] = self._values.rows(start, stop)
         scales = self._scales.rows(start, stop)
         width = min(self._scales.width, self.shape[1])
-        return Coded("int8", np.empty(0, np.int8), codes, np.ascontiguousarray(scales), width)
+        return Codes("int8", np.empty(0, np.int8), codes, np.ascontiguousarray(scales), width)

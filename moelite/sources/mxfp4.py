@@ -18,7 +18,7 @@ import numpy as np
 from moelite.config import HFConfig
 from moelite.errors import CheckpointError
 from moelite.quant.base import F32
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.sources.tensor import E2M1, E2M1_TWICE, E8M0, Parts, Stored, Tensor, unpack_bits
 
 BLOCK = 32
@@ -48,9 +48,9 @@ class MXFP4:
         decoded: F32 = values.reshape(codes.shape)
         return decoded
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         codes, scales = self._read(start, stop)
-        return Coded("mxfp4", E2M1_TWICE, codes, E8M0[scales] / np.float32(2), BLOCK)
+        return Codes("mxfp4", E2M1_TWICE, codes, E8M0[scales] / np.float32(2), BLOCK)
 
     def _read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         where = self._first + start, self._first + stop

@@ -21,7 +21,7 @@ from moelite.arch import TensorRef
 from moelite.checkpoint import READABLE, Checkpoint
 from moelite.errors import CheckpointError, UnsupportedError
 from moelite.quant.base import F32
-from moelite.sources.coded import Coded
+from moelite.sources.codes import Codes
 from moelite.tensorfile import TensorInfo, pread_into
 
 MAX_SIDE = 1 << 22  # rows or columns of a matrix; moelite.config allows no more either
@@ -146,7 +146,7 @@ class Tensor(Protocol):
         """Rows start..stop of axis 0, decoded."""
         ...
 
-    def coded(self, start: int, stop: int) -> Coded | None:
+    def coded(self, start: int, stop: int) -> Codes | None:
         """The same rows as codes, if this encoding is codes and block scales; else None."""
         ...
 
@@ -240,7 +240,7 @@ class Assembled:
         start, stop, _ = slice(start, stop).indices(found.shape[0])
         return found.rows(start, max(start, stop))
 
-    def coded(self, ref: TensorRef, start: int = 0, stop: int | None = None) -> Coded | None:
+    def coded(self, ref: TensorRef, start: int = 0, stop: int | None = None) -> Codes | None:
         """Rows start:stop of the matrix `ref` names, as codes; None where only numbers exist."""
         found = self._find(ref.name)
         if found is None or ref.stacked or ref.transpose or ref.rows is not None:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from moelite.quant.base import F32
 
 
-class Coded(NamedTuple):
+class Codes(NamedTuple):
     """Rows of an [O, I] matrix as codes and block scales, exactly as a checkpoint keeps them.
 
     kind    "int4", "mxfp4", "nf4": codes uint8 [n, I], 0..15, entries of a table of 16
@@ -20,8 +20,8 @@ class Coded(NamedTuple):
             so that its entries are whole, and the scales are half the stored powers of two.
     block   columns that share a scale
     extra   what the checkpoint keeps to make the scales, where they are coded too. For "nf4" with
-            nested scales: "codes" uint8 like scales, "absmax" float32 (one for each 256 codes of
-            the whole matrix, rows after rows), "first" (index of the first code among them),
+            nested scales: "codes" uint8 like scales, "absmax" float32 (one for each "block" codes
+            of the whole matrix, rows after rows), "first" (index of the first code among all),
             "map" float32 [256], "offset" float: scale = map[code] * absmax + offset.
     """
 
@@ -33,7 +33,7 @@ class Coded(NamedTuple):
     extra: dict[str, Any] = {}  # noqa: RUF012 - never written to
 
 
-def finer_scales(coded: Coded, block: int) -> F32:
+def finer_scales(coded: Codes, block: int) -> F32:
     """The scales of blocks of `block` columns, a divisor of coded.block: each repeated."""
     blocks = -(-coded.codes.shape[1] // block)
     return np.repeat(coded.scales, coded.block // block, axis=1)[:, :blocks]
