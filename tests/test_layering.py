@@ -18,7 +18,8 @@ LAYERS = (
     {"engine", "sizing", "convert", "demo", "demo_files", "bench", "verify", "foresee"},
     {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
-    | {"inventory", "packing", "lookahead", "expertjobs"},
+    | {"inventory", "packing", "lookahead", "expertjobs", "scores", "agreement", "frontier"}
+    | {"storesize"},
     {"cache", "store", "storefile", "models"},
     {
         *{
@@ -52,7 +53,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 ONLY_IN = {  # package -> files that may import it
     "torch": ("moelite/gpu.py", "scripts/", "tests/"),
-    "bitsandbytes": ("moelite/gpu.py", "tests/"),
+    "bitsandbytes": ("moelite/gpu.py", "scripts/", "tests/"),
     "transformers": ("scripts/", "tests/"),
     "typer": ("cli/", "tests/"),
     "rich": ("cli/", "tests/"),
