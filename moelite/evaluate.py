@@ -143,7 +143,7 @@ def compare(
                 for rows, wanted in _rows(pair, targets):
                     for score, lp in zip(scores, rows, strict=True):
                         score.add(lp, wanted)
-                    pairs.add(*rows, wanted)
+                    pairs.add(rows[0], rows[1], wanted)
                 agreement.add(choices[0].take(), choices[1].take())
             if progress:
                 progress((done + 1) * context, len(cut) * context)

@@ -7,6 +7,7 @@ they lie on the disk.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ class StoreSize:
     @property
     def other_bytes(self) -> int:
         return self.bytes - self.expert_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, and the bits that follow from them."""
+        bits = {"bits_per_parameter": self.bits_per_parameter, "expert_bpw": self.expert_bpw}
+        return {**dataclasses.asdict(self), **bits}
 
 
 def store_size(folder: Path) -> StoreSize:
