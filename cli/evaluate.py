@@ -147,10 +147,13 @@ def tokens(
     return [*first, *ids], tokenizer.bos_id
 
 
-def budget_shares(paths: list[Path], ram: str | None, **settings: Any) -> list[int]:
+def budget_shares(
+    paths: list[Path], ram: str | None, *, at_once: int | None = None, **settings: Any
+) -> list[int]:
     """Bytes for each model: an equal share of --ram, less what scoring takes.
 
-    Raises BudgetError naming the whole --ram that would do.
+    at_once: how many of them are in memory together (default: all). Raises BudgetError naming the
+    whole --ram that would do.
     """
     from moelite.evaluate import scoring_bytes
     from moelite.machine import memory
@@ -161,16 +164,18 @@ def budget_shares(paths: list[Path], ram: str | None, **settings: Any) -> list[i
     total = machine.available_bytes * 4 // 5
     if ram is not None:
         total = parse_bytes(ram, total=machine.limit_bytes)
-    scoring = 0
+    vocabulary = 0
     for path in paths:
         store = Store.open(path)
-        scoring += scoring_bytes(int(store.config.get("vocab_size", 0)))
+        vocabulary = max(vocabulary, int(store.config.get("vocab_size", 0)))
         store.close()
-    share = (total - scoring) // len(paths)
+    scoring = min(len(paths), 2) * scoring_bytes(vocabulary)  # of the model, and of the reference
+    models = at_once or len(paths)
+    share = (total - scoring) // models
     plans = [footprint(p, ram=max(share, 1), **settings) for p in paths]
-    need = len(paths) * max(plan.minimum_bytes for plan in plans) + scoring
+    need = models * max(plan.minimum_bytes for plan in plans) + scoring
     if total < need:
-        sharing = "two models, an equal share each" if len(paths) > 1 else "the model"
+        sharing = "two models, an equal share each" if models > 1 else "the model"
         raise BudgetError(
             f"{show_bytes(total)} do not hold {sharing}, and {show_bytes(scoring)} for scoring",
             fix=f"--ram {-(-need // MIB)}MiB, or a smaller --context",

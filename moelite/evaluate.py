@@ -108,7 +108,7 @@ def evaluate(
     cut = windows(ids, context=context, protocol=protocol, bos_id=bos_id)
     session, scores = model.session(), Scores()
     for done, window in enumerate(cut):
-        for [logits], targets in _pieces([session], window, [scores]):
+        for [logits], targets in pieces([session], window, [scores]):
             for [rows], wanted in _rows([logits], targets):
                 scores.add(rows, wanted)
         if progress:
@@ -138,7 +138,7 @@ def compare(
     before = listen(models, choices)
     try:
         for done, window in enumerate(cut):
-            for pair, targets in _pieces(sessions, window, scores, choices):
+            for pair, targets in pieces(sessions, window, scores, choices):
                 _same_vocabulary(pair)
                 for rows, wanted in _rows(pair, targets):
                     for score, lp in zip(scores, rows, strict=True):
@@ -158,7 +158,7 @@ def compare(
     )
 
 
-def _pieces(
+def pieces(
     sessions: Sequence[ScoringSession],
     window: Window,
     scores: Sequence[Scores],

@@ -56,9 +56,8 @@ class Model:
 
     def __init__(self, path: str, length: int, threads: int, watch: Any = None) -> None:
         low.llama_backend_init()
-        # weights stay as they are in the file: repacked ones could not be watched
         params = low.llama_model_default_params()
-        params.use_extra_bufts = False
+        params.use_extra_bufts = watch is None  # repacked weights could not be watched
         self.model = low.llama_model_load_from_file(path.encode(), params)
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {path}")

@@ -55,6 +55,8 @@ ONLY_IN = {  # package -> files that may import it
     "torch": ("moelite/gpu.py", "scripts/", "tests/"),
     "bitsandbytes": ("moelite/gpu.py", "scripts/", "tests/"),
     "transformers": ("scripts/", "tests/"),
+    "plotly": ("cli/plot.py", "tests/"),
+    "matplotlib": ("cli/plot.py", "tests/"),
     "typer": ("cli/", "tests/"),
     "rich": ("cli/", "tests/"),
     "prompt_toolkit": ("cli/", "tests/"),
