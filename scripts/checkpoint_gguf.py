@@ -7,7 +7,7 @@ the experts are stacked [E, O, I].
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -94,17 +94,24 @@ def write(
     *,
     dtype: Literal["bf16", "f32"] = "bf16",
     change: Change | None = None,
+    ready: Mapping[str, gguf.ReaderTensor] | None = None,
 ) -> None:
     """The GGUF of `source`, one tensor in memory at a time. change: applied to every expert matrix.
+    ready: tensors of another file that are taken from there as they are, quantized or not.
 
     bf16 rounds to nearest even, which leaves a bf16 checkpoint as it is.
     """
+    ready = ready or {}
     arch = build(source.config)
     writer = gguf.GGUFWriter(path, NAMES[arch.model_type])
     add_facts(writer, arch, source.config, path.stem)
     found = list(parts(arch))
     kinds = [_kind("f32" if part.plain else dtype) for part in found]
     for part, (kind, itemsize) in zip(found, kinds, strict=True):
+        if part.name in ready:
+            data, kind = ready[part.name].data, ready[part.name].tensor_type
+            writer.add_tensor_info(part.name, data.shape, data.dtype, data.nbytes, raw_dtype=kind)
+            continue
         size, shape = math.prod(part.shape), part.shape
         if itemsize == 2:  # the writer wants the shape in bytes for what numpy has no type for
             shape = (*shape[:-1], 2 * shape[-1])
@@ -114,8 +121,10 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for part, (kind, _) in zip(found, kinds, strict=True):
-        data = _read(source, part, change)
-        writer.write_tensor_data(gguf.quantize(data, kind))
+        if part.name in ready:
+            writer.write_tensor_data(ready[part.name].data)
+        else:
+            writer.write_tensor_data(gguf.quantize(_read(source, part, change), kind))
     writer.close()
 
 

@@ -26,12 +26,16 @@ from moelite.errors import MoeliteError, UsageError
 from moelite.evaluate import windows
 from moelite.quant.base import F32
 from moelite.scores import distance, mean
+from moelite.threads import default_threads
 from moelite.tokenizer import Tokenizer
 
 WORKER = Path(__file__).with_name("llama_quality_worker.py")
 FIRST_TYPES = ("Q8_0", "Q6_K", "Q5_K_S", "Q4_K_S", "Q4_K_M", "Q4_0", "IQ4_NL", "IQ4_XS")
 LOW_TYPES = ("Q3_K_S", "Q3_K_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS")
-TYPES = (*FIRST_TYPES, *LOW_TYPES, "IQ1_M", "IQ1_S")
+LOW_TYPES += ("IQ1_M", "IQ1_S")
+TYPES = (*FIRST_TYPES, *LOW_TYPES)
+# What llama.cpp gives rows that are no multiple of 256 in place of all of LOW_TYPES and IQ4_XS
+STAND_IN = "IQ4_NL"
 CONTEXT = 512
 FIRST = CONTEXT // 2 + 1  # of a window's tokens, the first that is scored
 NF4, NF4_BLOCK = "NF4", 64
@@ -48,7 +52,7 @@ class Setting:
 
     def ask(self, action: str, **settings: Any) -> dict[str, Any]:
         """One action of the worker; MoeliteError with the end of its log if it fails."""
-        settings["threads"] = self.threads
+        settings.setdefault("threads", self.threads)
         command = [self.python, str(WORKER), action, json.dumps(settings, default=str)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -107,11 +111,27 @@ def _same(path: Path, ids: np.ndarray) -> bool:
 def quantized(setting: Setting, name: str) -> dict[str, Any]:
     """The sizes and the per-token scores of one of llama.cpp's types; its file is removed."""
     path, imatrix = setting.work / f"{name}.gguf", setting.work / "imatrix.npz"
-    base = setting.work / "base.gguf"
-    setting.ask("quantize", gguf=base, out=path, ftype=f"MOSTLY_{name}", imatrix=imatrix)
+    base, low = setting.work / "base.gguf", setting.work / "base-low.gguf"
+    if low.exists() and name in {*LOW_TYPES, "IQ4_XS"}:
+        base = low
+    asked = {"gguf": base, "out": path, "imatrix": imatrix, "threads": default_threads()}
+    setting.ask("quantize", **asked, ftype=f"MOSTLY_{name}")
     found = {**sizes(path), "scores": scored(setting, path)}
+    if name == STAND_IN:
+        _keep_stand_ins(setting, path, low)
     path.unlink()
     return found
+
+
+def _keep_stand_ins(setting: Setting, path: Path, low: Path) -> None:
+    """Writes the base of the low types: what they all store as IQ4_NL is quantized already.
+
+    llama.cpp copies a tensor that has the type it is to get; quantizing it anew gives the same
+    bytes and takes most of the time.
+    """
+    tensors = [t for t in gguf.GGUFReader(path).tensors if "_exps." in t.name and t.shape[0] % 256]
+    if tensors:
+        checkpoint_gguf.write(setting.source, low, ready={t.name: t for t in tensors})
 
 
 def nf4(setting: Setting) -> dict[str, Any]:
