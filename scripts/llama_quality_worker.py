@@ -72,18 +72,22 @@ class Model:
         self.vocab = low.llama_vocab_n_tokens(low.llama_model_get_vocab(self.model))
         self._batch = low.llama_batch_init(length, 0, 1)
 
-    def run(self, ids: np.ndarray, first: int) -> Iterator[np.ndarray]:
-        """The logits [V] that predict ids[first:], one by one; the array is llama.cpp's."""
+    def run(self, ids: np.ndarray, first: int, *, last: bool = False) -> Iterator[np.ndarray]:
+        """The logits [V] that predict ids[first:], one by one; the array is llama.cpp's.
+
+        last: also those after the last token.
+        """
+        wanted = range(first - 1, len(ids) - (not last))
         low.llama_memory_clear(low.llama_get_memory(self.context), True)
         batch = self._batch
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i] = int(token), i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = first - 1 <= i < len(ids) - 1
+            batch.logits[i] = i in wanted
         if low.llama_decode(self.context, batch):
             raise RuntimeError("llama_decode failed")
-        for i in range(first - 1, len(ids) - 1):
+        for i in wanted:
             row = low.llama_get_logits_ith(self.context, i)
             yield np.ctypeslib.as_array(row, (self.vocab,))
 
@@ -219,7 +223,8 @@ def imatrix(gguf: str, windows: str, out: str, threads: int) -> dict[str, Any]:
     pieces, found = np.load(windows), Importance(name_of_op)
     model = Model(gguf, pieces.shape[1], threads, found.watch)
     for ids in pieces:
-        for _ in model.run(ids, len(ids) - 1):
+        # logits of all: the last layer's experts meet only tokens whose logits are wanted
+        for _ in model.run(ids, 1, last=True):
             pass
     np.savez(out, **found.means())
     counts = [c.min() for name, c in found.counts.items() if "exps" in name]

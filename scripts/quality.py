@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import checkpoint_gguf
 import gguf
@@ -87,7 +87,7 @@ def prepare(setting: Setting, tests: np.ndarray, calibration: np.ndarray) -> Non
     work.mkdir(parents=True, exist_ok=True)
     base, whole = work / "base.gguf", work / "f32.gguf"
     if not base.exists():
-        checkpoint_gguf.write(setting.source, base)
+        checkpoint_gguf.write(setting.source, base, dtype=_dtype(setting.source))
     kept = all(
         _same(work / f"{name}.npy", ids)
         for name, ids in (("tests", tests), ("calibration", calibration))
@@ -104,6 +104,11 @@ def prepare(setting: Setting, tests: np.ndarray, calibration: np.ndarray) -> Non
     whole.unlink()
 
 
+def _dtype(source: Source) -> Literal["bf16", "f32"]:
+    """Half the size where that loses nothing."""
+    return "bf16" if {source.dtype(name) for name in source.names()} == {"BF16"} else "f32"
+
+
 def _same(path: Path, ids: np.ndarray) -> bool:
     return path.exists() and np.array_equal(np.load(path), ids)
 
@@ -112,12 +117,12 @@ def quantized(setting: Setting, name: str) -> dict[str, Any]:
     """The sizes and the per-token scores of one of llama.cpp's types; its file is removed."""
     path, imatrix = setting.work / f"{name}.gguf", setting.work / "imatrix.npz"
     base, low = setting.work / "base.gguf", setting.work / "base-low.gguf"
-    if low.exists() and name in {*LOW_TYPES, "IQ4_XS"}:
+    if low.exists() and name in {*LOW_TYPES, "IQ4_XS", STAND_IN}:
         base = low
     asked = {"gguf": base, "out": path, "imatrix": imatrix, "threads": default_threads()}
     setting.ask("quantize", **asked, ftype=f"MOSTLY_{name}")
     found = {**sizes(path), "scores": scored(setting, path)}
-    if name == STAND_IN:
+    if name == STAND_IN and not low.exists():
         _keep_stand_ins(setting, path, low)
     path.unlink()
     return found
@@ -131,7 +136,8 @@ def _keep_stand_ins(setting: Setting, path: Path, low: Path) -> None:
     """
     tensors = [t for t in gguf.GGUFReader(path).tensors if "_exps." in t.name and t.shape[0] % 256]
     if tensors:
-        checkpoint_gguf.write(setting.source, low, ready={t.name: t for t in tensors})
+        ready = {tensor.name: tensor for tensor in tensors}
+        checkpoint_gguf.write(setting.source, low, dtype=_dtype(setting.source), ready=ready)
 
 
 def nf4(setting: Setting) -> dict[str, Any]:

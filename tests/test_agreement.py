@@ -7,10 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import synthetic
 from test_evaluate import KnownModel, KnownSession, text
+from test_synthetic import small
 
 from moelite import evaluate as ev
 from moelite.agreement import Agreement, Choices, shared
+from moelite.engine import load
 from moelite.errors import UsageError
 
 Hook = Callable[[int, np.ndarray], None]
@@ -126,3 +129,27 @@ def test_what_is_heard_is_copied() -> None:
     row[:] = 7
     assert choices.take()[0].tolist() == [[1, 2]]
     assert choices.take() == {}
+
+
+def test_a_real_engine_tells_its_choices(tmp_path) -> None:
+    """Against each model run by itself over whole windows, its choices counted as sets."""
+    stores, chosen = [], []
+    ids = [int(i) for i in np.random.default_rng(1).integers(0, 128, 64)]
+    for seed in (0, 1):
+        stores.append(tmp_path / f"store{seed}")
+        config = small(num_hidden_layers=2)
+        synthetic.write_store(config, stores[-1], name="small", seed=seed)
+        with load(stores[-1], context=32) as model:
+            heard: dict[int, list[set[int]]] = {0: [], 1: []}
+            model.on_route = lambda layer, rows, heard=heard: heard[layer].extend(map(set, rows))
+            for start in (0, 32):
+                model.forward(ids[start : start + 32])
+            chosen.append(heard)
+    with load(stores[0], context=32) as first, load(stores[1], context=32) as second:
+        report = ev.compare(first, second, ids, context=32, protocol="llama").routers
+    scored = [start + p for start in (0, 32) for p in range(16, 31)]
+    for layer, share in zip(report.layers, report.agreement, strict=True):
+        pairs = [(chosen[0][layer][p], chosen[1][layer][p]) for p in scored]
+        want = np.mean([len(a & b) / len(a) for a, b in pairs])
+        assert share == pytest.approx(want)
+        assert 0 < share < 1

@@ -30,7 +30,8 @@ class Source:
     """A checkpoint in memory."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.config, self.source, self.files = config, "tiny", {}
+        self.config, self.source = config, "tiny"
+        self.files = {"config.json": json.dumps(config).encode()}
         self.tensors = weights(config)
 
     def names(self) -> list[str]:
@@ -273,3 +274,12 @@ def test_llama_cpp_computes_what_moelite_computes(tmp_path: Path, monkeypatch) -
     assert 0 < found["scores"]["kld"].mean() < 1
     importance = np.load(tmp_path / "w" / "imatrix.npz")
     assert importance["blk.0.ffn_down_exps.weight"].shape == (4 * 256,)
+    embedded = source.tensors["model.embed_tokens.weight"][ids[0]].astype(np.float64)
+    scale = np.sqrt(np.square(embedded).mean(axis=1, keepdims=True) + config["rms_norm_eps"])
+    normed = embedded / scale * source.tensors["model.layers.0.input_layernorm.weight"]
+    want = np.square(normed).mean(axis=0)
+    np.testing.assert_allclose(importance["blk.0.attn_q.weight"], want, rtol=1e-4)
+    for layer in (0, 1):  # the last layer's experts met every token, too
+        gate, up = (importance[f"blk.{layer}.ffn_{part}_exps.weight"] for part in ("gate", "up"))
+        assert np.array_equal(gate, up)
+        assert (gate.reshape(4, 128) != 1).all()
