@@ -41,10 +41,12 @@ class Mark:
 
 
 def check(path: Path) -> None:
-    """Raises UsageError for an ending that cannot be drawn, or where the library is missing."""
+    """Raises UsageError for an ending that cannot be drawn, a missing folder or library."""
     library = LIBRARIES.get(path.suffix.lower())
     if library is None:
         raise UsageError(f"{path} cannot be drawn", fix=f"end it in {', '.join(LIBRARIES)}")
+    if not path.parent.is_dir():
+        raise UsageError(f"there is no folder {path.parent}", fix=f"mkdir -p {path.parent}")
     try:
         importlib.import_module(library)
     except ImportError:

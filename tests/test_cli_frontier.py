@@ -147,6 +147,13 @@ def test_an_unknown_ending_is_refused(tmp_path) -> None:
         plot.check(tmp_path / "out.pdf")
 
 
+def test_a_missing_folder_is_refused_before_anything_runs(world, tmp_path) -> None:
+    result = frontier(world, "good", "worse", "--plot", tmp_path / "none" / "out.html")
+    assert isinstance(result.exception, UsageError)
+    assert f"no folder {tmp_path / 'none'}" in str(result.exception)
+    assert world.loads == []
+
+
 def marks() -> list[plot.Mark]:
     common = {"se": 0.01, "best": True}
     return [
