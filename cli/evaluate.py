@@ -25,16 +25,31 @@ from moelite.errors import BudgetError, UsageError
 from moelite.units import MIB, parse_bytes, show_bytes
 
 if TYPE_CHECKING:
-    from moelite.evaluate import CompareReport, EvalReport
+    from moelite.agreement import RouterReport
+    from moelite.scores import CompareReport, EvalReport
+    from moelite.storesize import StoreSize
     from moelite.tokenizer import Tokenizer
+
+ContextOfWindows = Annotated[
+    int | None,
+    typer.Option(
+        "--context",
+        help="Tokens of a window. Default: 512 for llama, 2048 for paper.",
+        show_default=False,
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit-tokens", metavar="N", help="Use the first N tokens.")
+]
+_WORST = 3  # layers shown of those whose routers agree least
 
 
 def evaluate(  # noqa: PLR0913 - one parameter for each option
     store: Annotated[str, typer.Argument(help="The store to judge, or smollm2-moe.")],
     file: Annotated[Path, typer.Argument(help="A text file, UTF-8.")],
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    context: ContextOfWindows = None,
     protocol: Annotated[
-        Literal["llama", "paper"],
+        Literal["llama", "paper", "both"],
         typer.Option(help="llama scores the 2nd half of a window, paper all but the 1st token."),
     ] = "llama",
     against: Annotated[
@@ -44,9 +59,7 @@ def evaluate(  # noqa: PLR0913 - one parameter for each option
         ),
     ] = None,
     ram: RamOption = None,
-    limit_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="Use the first N tokens of FILE.")
-    ] = None,
+    limit_tokens: LimitOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
     offline: OfflineOption = False,
@@ -55,42 +68,69 @@ def evaluate(  # noqa: PLR0913 - one parameter for each option
     """Perplexity of STORE on FILE; with --against, how far STORE is from a REFERENCE store.
 
     Perplexities of different protocols or contexts must not be compared with each other. The text
-    is scored in float64 from float32 logits.
+    is scored in float64 from float32 logits. Bits are those of all files of a store, and of its
+    experts. A store that was calibrated on FILE is refused.
     """
-    from moelite import evaluate as core
+    from moelite import storesize
     from moelite.engine import load
+    from moelite.evaluate import CONTEXTS
 
     text = read_text(file)
     names = [store] if against is None else [store, against]
     console = stderr_console()
     paths = [find_store(name, offline=offline, console=console) for name in names]
-    settings: dict[str, Any] = {"context": context, "threads": threads, "kv": kv}
+    for path in paths:
+        storesize.check_calibration(path, file)
+    sizes = [storesize.store_size(path) for path in paths]
+    asked = [protocol] if protocol != "both" else list(CONTEXTS)
+    contexts = {name: context or CONTEXTS[name] for name in asked}
+    settings: dict[str, Any] = {"context": max(contexts.values()), "threads": threads, "kv": kv}
     shares = budget_shares(paths, ram, **settings)
+    reports = {}
     with ExitStack() as stack:
         models = [
             stack.enter_context(load(path, ram=share, **settings))
             for path, share in zip(paths, shares, strict=True)
         ]
-        ids, bos_id = tokens(models[0].tokenizer, text, protocol)
-        if against is not None and tokens(models[1].tokenizer, text, protocol) != (ids, bos_id):
-            raise UsageError(
-                f"{store} and {against} cut the text into different tokens",
-                fix="compare two stores of the same model",
-            )
-        ids = ids[:limit_tokens]
         progress = stack.enter_context(progress_on_stderr("eval", "tokens"))
-        how: dict[str, Any] = {"context": context, "protocol": protocol, "bos_id": bos_id}
-        how["progress"] = progress
-        report: EvalReport | CompareReport
-        if against is None:
-            report = core.evaluate(models[0], ids, **how)
-        else:
-            report = core.compare(models[1], models[0], ids, **how)
+        for name, length in contexts.items():
+            how = {"context": length, "protocol": name, "progress": progress}
+            reports[name] = _judge(names, models, text, limit_tokens, how)
     if as_json:
-        named = {"store": store, "reference_store": against, "file": str(file)}
-        print(json.dumps({**named, **_finite(dataclasses.asdict(report))}, indent=2))
+        found = {"store": store, "reference_store": against, "file": str(file)}
+        keys = ("store", "reference_store")
+        told = {key: size.as_dict() for key, size in zip(keys, sizes, strict=False)}
+        print(json.dumps({**found, "sizes": told, **_as_json(reports)}, indent=2))
     else:
-        show(Console(highlight=False), report, store=store, against=against)
+        show(Console(highlight=False), reports, names, sizes)
+
+
+def _judge(
+    names: list[str], models: list[Any], text: str, limit: int | None, how: dict[str, Any]
+) -> EvalReport | CompareReport:
+    """One protocol's report of the first model, with a second one as the reference."""
+    from moelite import evaluate as core
+
+    ids, bos_id = tokens(models[0].tokenizer, text, how["protocol"])
+    if len(models) == 1:
+        return core.evaluate(models[0], ids[:limit], bos_id=bos_id, **how)
+    if tokens(models[1].tokenizer, text, how["protocol"]) != (ids, bos_id):
+        raise different_tokens(*names)
+    return core.compare(models[1], models[0], ids[:limit], bos_id=bos_id, **how)
+
+
+def different_tokens(store: str, reference: str) -> UsageError:
+    """What is to be said where two tokenizers disagree."""
+    return UsageError(
+        f"{store} and {reference} cut the text into different tokens",
+        fix="compare two stores of the same model",
+    )
+
+
+def _as_json(reports: dict[str, EvalReport | CompareReport]) -> dict[str, Any]:
+    """One protocol's numbers as they are; those of two under the protocols' names."""
+    found = {name: finite(dataclasses.asdict(report)) for name, report in reports.items()}
+    return found if len(found) > 1 else next(iter(found.values()))
 
 
 def tokens(
@@ -107,10 +147,13 @@ def tokens(
     return [*first, *ids], tokenizer.bos_id
 
 
-def budget_shares(paths: list[Path], ram: str | None, **settings: Any) -> list[int]:
+def budget_shares(
+    paths: list[Path], ram: str | None, *, at_once: int | None = None, **settings: Any
+) -> list[int]:
     """Bytes for each model: an equal share of --ram, less what scoring takes.
 
-    Raises BudgetError naming the whole --ram that would do.
+    at_once: how many of them are in memory together (default: all). Raises BudgetError naming the
+    whole --ram that would do.
     """
     from moelite.evaluate import scoring_bytes
     from moelite.machine import memory
@@ -121,16 +164,18 @@ def budget_shares(paths: list[Path], ram: str | None, **settings: Any) -> list[i
     total = machine.available_bytes * 4 // 5
     if ram is not None:
         total = parse_bytes(ram, total=machine.limit_bytes)
-    scoring = 0
+    vocabulary = 0
     for path in paths:
         store = Store.open(path)
-        scoring += scoring_bytes(int(store.config.get("vocab_size", 0)))
+        vocabulary = max(vocabulary, int(store.config.get("vocab_size", 0)))
         store.close()
-    share = (total - scoring) // len(paths)
+    scoring = min(len(paths), 2) * scoring_bytes(vocabulary)  # of the model, and of the reference
+    models = at_once or len(paths)
+    share = (total - scoring) // models
     plans = [footprint(p, ram=max(share, 1), **settings) for p in paths]
-    need = len(paths) * max(plan.minimum_bytes for plan in plans) + scoring
+    need = models * max(plan.minimum_bytes for plan in plans) + scoring
     if total < need:
-        sharing = "two models, an equal share each" if len(paths) > 1 else "the model"
+        sharing = "two models, an equal share each" if models > 1 else "the model"
         raise BudgetError(
             f"{show_bytes(total)} do not hold {sharing}, and {show_bytes(scoring)} for scoring",
             fix=f"--ram {-(-need // MIB)}MiB, or a smaller --context",
@@ -150,50 +195,89 @@ def read_text(file: Path) -> str:
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
 
 
-def _finite(report: dict[str, Any]) -> dict[str, Any]:
+def finite(report: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: an unknown standard error becomes null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
-            return _finite(value)
+            return finite(value)
+        if isinstance(value, list | tuple):
+            return [clean(one) for one in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return {key: clean(value) for key, value in report.items()}
 
 
 def show(
-    console: Console, report: EvalReport | CompareReport, *, store: str, against: str | None
+    console: Console,
+    reports: dict[str, EvalReport | CompareReport],
+    names: list[str],
+    sizes: list[StoreSize],
 ) -> None:
-    """The report as lines of text; with a reference, which store is which comes first."""
-    from moelite.evaluate import CompareReport
+    """What each store weighs, then the reports as lines of text, one protocol after the other."""
+    roles = ["judged", "reference"] if len(names) > 1 else [""]
+    for role, name, size in reversed(list(zip(roles, names, sizes, strict=True))):
+        console.print(f"{role:<11}{name}".strip(), soft_wrap=True)
+        console.print(f"{'':<11}{weight(size)}", soft_wrap=True)
+    for report in reports.values():
+        console.print()
+        _show_report(console, report, names[0])
+
+
+def weight(size: StoreSize) -> str:
+    """A store's bits, and where its bytes are."""
+    return (
+        f"{size.bits_per_parameter:.2f} bits per parameter, experts {size.formats} at "
+        f"{size.expert_bpw:.2f} ({show_bytes(size.bytes)} in all, "
+        f"{show_bytes(size.other_bytes)} of it no experts)"
+    )
+
+
+def _show_report(console: Console, report: EvalReport | CompareReport, store: str) -> None:
+    from moelite.scores import CompareReport
 
     if not isinstance(report, CompareReport):
         _perplexity(console, store, report)
         return
-    console.print(f"reference  {against}", soft_wrap=True)
-    console.print(f"judged     {store}", soft_wrap=True)
-    console.print()
     _perplexity(console, "reference", report.reference)
     _perplexity(console, "judged", report.model)
     for name, value in (
-        ("ln(ppl judged / ppl reference)", _pm(report.ln_ratio, report.ln_ratio_se, 6)),
-        ("KL(reference || judged), mean", _pm(report.kld_mean, report.kld_se, 6)),
+        ("ln(ppl judged / ppl reference)", pm(report.ln_ratio, report.ln_ratio_se, 6)),
+        ("KL(reference || judged), mean", pm(report.kld_mean, report.kld_se, 6)),
         ("  median", f"{report.kld_median:.6f}"),
         ("  99 %", f"{report.kld_p99:.6f}"),
         ("  99.9 %", f"{report.kld_p999:.6f}"),
         ("  max", f"{report.kld_max:.6f}"),
-        ("same first token", _pm(100 * report.top1_agreement, 100 * report.top1_se, 2) + " %"),
+        ("same first token", percent(report.top1_agreement, report.top1_se)),
+        ("change of p(right token), rms", percent(report.rms_dp, report.rms_dp_se)),
+        *_router_lines(report.routers),
     ):
         console.print(f"{name:<32}{value}")
 
 
-def _pm(value: float, error: float, digits: int) -> str:
+def _router_lines(routers: RouterReport | None) -> list[tuple[str, str]]:
+    if routers is None:
+        return []
+    worst = ", ".join(f"{layer}: {100 * share:.2f} %" for layer, share in routers.worst(_WORST))
+    return [
+        ("same experts chosen", percent(routers.mean, routers.mean_se)),
+        ("  least, in layers", worst),
+    ]
+
+
+def percent(value: float, error: float) -> str:
+    """A share 0..1 with its standard error, in per cent."""
+    return pm(100 * value, 100 * error, 2) + " %"
+
+
+def pm(value: float, error: float, digits: int) -> str:
+    """A number with its standard error, if that is known."""
     return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if math.isfinite(error) else "")
 
 
 def _perplexity(console: Console, name: str, report: EvalReport) -> None:
     console.print(
-        f"{name}: perplexity {_pm(report.ppl, report.ppl_se, 4)}   "
+        f"{name}: perplexity {pm(report.ppl, report.ppl_se, 4)}   "
         f"({report.protocol} protocol, context {report.context}, {report.windows} windows, "
         f"{report.tokens:,} tokens scored, {report.seconds:.1f} s)",
         soft_wrap=True,

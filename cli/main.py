@@ -13,6 +13,7 @@ from moelite.cli.chat import chat
 from moelite.cli.demo import demo_checkpoint
 from moelite.cli.evaluate import evaluate
 from moelite.cli.footprint import footprint
+from moelite.cli.frontier import frontier
 from moelite.cli.quantize import quantize
 from moelite.cli.replay import replay
 from moelite.cli.run import run as run_prompt
@@ -40,6 +41,7 @@ app.command("quantize", short_help="Write the store of a checkpoint.")(quantize)
 app.command("footprint", short_help="Show what a model takes, before loading it.")(footprint)
 app.command("bench", short_help="Measure speed, memory and expert traffic.")(bench)
 app.command("eval", short_help="Measure perplexity, and the distance of two stores.")(evaluate)
+app.command("frontier", short_help="Size and distance of several stores, and a picture.")(frontier)
 app.command("trace", short_help="Record which experts the tokens of a text use.")(trace)
 app.command("replay", short_help="Hit rates of a trace at other cache sizes.")(replay)
 app.command("verify", short_help="Check a store, and that a budget changes no token.")(verify)

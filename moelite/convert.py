@@ -23,7 +23,9 @@ from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress
 from moelite.inputs import open_source
 from moelite.inventory import Inventory, classes_of, source_bytes, take_inventory
+from moelite.kept import keeping
 from moelite.layerfile import write_layer
+from moelite.models import build
 from moelite.packing import (
     TEMPORARY,
     locked,
@@ -117,10 +119,11 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     """Write the store of a checkpoint; peak memory of this process stays below `ram`.
 
     src: a checkpoint's folder, a GGUF file, a hub id, "smollm2-moe" or a Source. experts, dense:
-    formats (default: int4, int8); or a recipe, by its name or file. low: the format of a plane of
-    all experts beside the main one, for `load(on_miss="low")`. dry_run: only report sizes.
-    progress: called with (source bytes done, in all, what is being packed). calibrate: a text file
-    or token ids, of which the first calibrate_tokens show the formats what experts read.
+    formats (default: experts whose codes a format carries as they are keep them, others get int4;
+    int8); or a recipe, by its name or file. low: the format of a plane of all experts beside the
+    main one, for `load(on_miss="low")`. dry_run: only report sizes. progress: called with (source
+    bytes done, in all, what is being packed). calibrate: a text file or token ids, of which the
+    first calibrate_tokens show the formats what experts read.
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
     `open_source` and `take_inventory` raise.
@@ -128,7 +131,10 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     start = time.perf_counter()
     out = Path(out)
     source = open_source(src, offline=offline, progress=progress)
-    inventory = take_inventory(source, choose(recipe, experts, dense, low))
+    asked = choose(recipe, experts, dense, low)
+    if experts is None and recipe is None and calibrate is None:
+        asked = keeping(source, build(source.config), asked)
+    inventory = take_inventory(source, asked)
     text = read_text(source, calibrate, calibrate_tokens)
     calibration = None if text is None else Calibration(source, inventory, out, text)
     state = _State()

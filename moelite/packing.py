@@ -18,6 +18,7 @@ from moelite.arch import MoE, TensorRef
 from moelite.checkpoint import Source, read
 from moelite.errors import BudgetError, MoeliteError, StoreError
 from moelite.inventory import DenseItem, Inventory
+from moelite.kept import repack
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat
@@ -77,6 +78,8 @@ def pack_expert(source: Source, mlp: MoE, expert: int, formats: tuple[str, str])
 
 
 def _packed(fmt: QuantFormat, source: Source, matrix: tuple[TensorRef, int, int]) -> U8:
+    if (kept := repack(fmt, source, matrix[0])) is not None:
+        return kept
     if not fmt.exact:
         with _naming(matrix[0]):
             return fmt.pack(read(source, matrix[0]))

@@ -171,10 +171,7 @@ def _pack(weight, curve, squares, steps, found):
 def encode_rows(
     packed: U8, cols: int, start: int, weight: F32, curve: Curvature | None = None
 ) -> None:
-    """Chooses codes and scales for weight [n, I] and writes them as rows start..start + n.
-
-    curve: of the I inputs. The rows of a tile depend on no other tile.
-    """
+    """Writes weight [n, I] as rows start..start + n; the rows of a tile depend on no other tile."""
     if curve is None:
         encode_plain(packed, cols, start, weight)
         return

@@ -104,7 +104,7 @@ def write_gguf(
     """A GGUF of random weights of the model that `config` describes; one tensor in memory."""
     arch = build(config)
     writer = gguf.GGUFWriter(path, NAMES[arch.model_type])
-    _facts(writer, arch, config)
+    add_facts(writer, arch, config, "synthetic")
     writer.add_file_type(
         gguf.LlamaFileType.MOSTLY_Q4_0 if fmt == "int4" else gguf.LlamaFileType.MOSTLY_Q8_0
     )
@@ -136,11 +136,12 @@ def write_gguf(
     writer.close()
 
 
-def _facts(writer: gguf.GGUFWriter, arch: Arch, config: dict[str, Any]) -> None:
+def add_facts(writer: gguf.GGUFWriter, arch: Arch, config: dict[str, Any], name: str) -> None:
+    """Everything llama.cpp must know of a model beside its tensors; no tokenizer."""
     mlp, a = arch.layers[0].mlp, arch.layers[0].attention
     assert isinstance(mlp, MoE)
     expert_size = mlp.experts.gate.rows
-    writer.add_name("synthetic")
+    writer.add_name(name)
     writer.add_block_count(len(arch.layers))
     writer.add_context_length(arch.max_positions)
     writer.add_embedding_length(arch.hidden_size)

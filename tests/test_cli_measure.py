@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -14,7 +15,9 @@ import typer
 from fakes import FakeMeter, fake_forecast
 from typer.testing import CliRunner
 
-from moelite import engine, sizing, store
+from moelite import engine, sizing, store, storesize
+from moelite import evaluate as core
+from moelite.agreement import RouterReport
 from moelite.cache.stats import CacheStats
 from moelite.cli import bench as bench_command
 from moelite.cli import common
@@ -25,11 +28,21 @@ from moelite.forecast import Forecast
 from moelite.lookahead import Lookahead
 from moelite.quant.record import record_layout
 from moelite.storefile import LayerEntry
+from moelite.storesize import StoreSize
 from moelite.units import MIB
 
 V = 64
 BOS = 1
+SHORT = ("--context", "16")
 NEED = 100 * MIB
+
+
+SIZES = {
+    Path(name): StoreSize(
+        bytes=size, params=1000, expert_bytes=size // 2, expert_params=900, formats="int4"
+    )
+    for name, size in (("good", 4000), ("worse", 1000))
+}
 
 
 class Tokens:
@@ -121,6 +134,8 @@ def world(monkeypatch, tmp_path):
     opened = SimpleNamespace(config={"vocab_size": V}, close=lambda: None)
     monkeypatch.setattr(store.Store, "open", lambda path: opened)
     monkeypatch.setattr(eval_command, "find_store", lambda name, **_: Path(name))
+    monkeypatch.setattr(storesize, "check_calibration", lambda *_: None)
+    monkeypatch.setattr(storesize, "store_size", SIZES.get)
     monkeypatch.setattr(common, "find_store", lambda name, **_: Path(name))
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 10)
@@ -154,8 +169,13 @@ def test_perplexity_is_printed_with_its_protocol(world) -> None:
 def test_the_reference_is_named(world) -> None:
     result = evaluate("worse", world.text, "--context", "16", "--against", "good")
     assert result.exit_code == 0, result.exception
-    assert result.stdout.startswith("reference  good\njudged     worse\n")
+    lines = result.stdout.splitlines()
+    assert lines[0] == "reference  good"
+    assert "32.00 bits per parameter, experts int4 at 17.78" in lines[1]
+    assert lines[2] == "judged     worse"
+    assert "8.00 bits per parameter, experts int4 at 4.44" in lines[3]
     assert "KL(reference || judged), mean" in result.stdout
+    assert "same experts chosen" not in result.stdout  # these models have no routers
 
 
 def test_against_is_the_reference_in_json(world) -> None:
@@ -166,6 +186,51 @@ def test_against_is_the_reference_in_json(world) -> None:
     assert found["kld_mean"] == pytest.approx((p * np.log(p / q)).sum(), rel=1e-5)
     alone = json.loads(evaluate("good", world.text, "--context", "16", "--json").stdout)
     assert found["reference"]["nll"] == pytest.approx(alone["nll"], rel=1e-12)
+
+
+def test_the_sizes_of_both_stores_are_in_json(world) -> None:
+    found = json.loads(evaluate("worse", world.text, "--against", "good", "--json", *SHORT).stdout)
+    sizes = found["sizes"]
+    assert (sizes["store"]["bytes"], sizes["reference_store"]["bytes"]) == (1000, 4000)
+    assert sizes["store"]["bits_per_parameter"] == 8.0
+    assert sizes["store"]["expert_bpw"] == pytest.approx(500 * 8 / 900)
+
+
+def test_both_protocols_in_one_run(world) -> None:
+    options = "--against", "good", "--protocol", "both", *SHORT
+    result = evaluate("worse", world.text, *options)
+    for protocol, tokens in (("llama", 84), ("paper", 180)):
+        assert result.stdout.count(f"({protocol} protocol, context 16, 12 windows, {tokens} ") == 2
+    found = json.loads(evaluate("worse", world.text, *options, "--json").stdout)
+    for protocol in ("llama", "paper"):
+        alone = evaluate(
+            *("worse", world.text, "--against", "good", "--protocol", protocol, *SHORT, "--json")
+        )
+        assert found[protocol]["kld_mean"] == json.loads(alone.stdout)["kld_mean"]
+
+
+def test_each_protocol_has_its_own_context(world) -> None:
+    Path(world.text).write_text("a" * 2048)
+    result = evaluate("good", world.text, "--protocol", "both")
+    assert "llama protocol, context 512, 4 windows, 1,020 tokens" in result.stdout
+    assert "paper protocol, context 2048, 1 windows, 2,047 tokens" in result.stdout
+
+
+def test_routers_are_told_from_the_worst_layer_on(world, monkeypatch) -> None:
+    shares = (0.75, 1.0, 0.5, 0.875)
+    routers = RouterReport(layers=(0, 1, 2, 7), agreement=shares, mean=0.78125, mean_se=0.03125)
+    compare = core.compare
+
+    def with_routers(*arguments, **options):
+        return dataclasses.replace(compare(*arguments, **options), routers=routers)
+
+    monkeypatch.setattr(core, "compare", with_routers)
+    result = evaluate("worse", world.text, "--against", "good", *SHORT)
+    assert "same experts chosen             78.12 ± 3.12 %" in result.stdout
+    assert "  least, in layers              2: 50.00 %, 0: 75.00 %, 7: 87.50 %" in result.stdout
+    found = json.loads(evaluate("worse", world.text, "--against", "good", *SHORT, "--json").stdout)
+    assert found["routers"]["layers"] == [0, 1, 2, 7]
+    assert tuple(found["routers"]["agreement"]) == shares
 
 
 def test_an_unknown_error_is_null_in_json(world) -> None:

@@ -140,12 +140,13 @@ def test_comparison_is_the_plain_sum(protocol) -> None:
         "f4"
     )
     report = ev.compare(reference, model, ids, context=context, protocol=protocol)
-    kld, same, ratio = [], [], []
+    kld, same, ratio, dp = [], [], [], []
     for at, read, wanted in scored(ids, context, protocol, None):
         p, q = probabilities(reference, at, read), probabilities(model, at, read)
         kld.append(sum(p[i] * (math.log(p[i]) - math.log(q[i])) for i in range(V)))
         same.append(p.argmax() == q.argmax())
         ratio.append(math.log(p[wanted]) - math.log(q[wanted]))
+        dp.append(q[wanted] - p[wanted])
     n = len(kld)
     assert report.kld_mean == pytest.approx(np.mean(kld), rel=1e-9)
     assert report.kld_se == pytest.approx(np.std(kld, ddof=1) / math.sqrt(n), rel=1e-9)
@@ -155,6 +156,10 @@ def test_comparison_is_the_plain_sum(protocol) -> None:
     assert report.kld_max == pytest.approx(max(kld), rel=1e-9)
     assert report.top1_agreement == np.mean(same)
     assert 0.5 < report.top1_agreement < 1
+    rms = math.sqrt(sum(d * d for d in dp) / n)
+    assert report.rms_dp == pytest.approx(rms, rel=1e-9)
+    spread = np.std(np.square(dp), ddof=1) / math.sqrt(n)
+    assert report.rms_dp_se == pytest.approx(spread / (2 * rms), rel=1e-9)
     assert report.ln_ratio == pytest.approx(np.mean(ratio), rel=1e-9)
     assert report.ln_ratio_se == pytest.approx(np.std(ratio, ddof=1) / math.sqrt(n), rel=1e-9)
     assert report.ln_ratio == pytest.approx(math.log(report.model.ppl / report.reference.ppl))

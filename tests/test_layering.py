@@ -29,8 +29,8 @@ LAYERS = (
     },
     {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
-    | {"inventory", "packing", "lookahead", "expertjobs", "allocation", "layerfile"}
-    | {"forward", "stream", "calibrate"},
+    | {"inventory", "packing", "lookahead", "expertjobs", "allocation", "layerfile", "kept"}
+    | {"forward", "stream", "calibrate", "scores", "agreement", "frontier", "storesize"},
     {"cache", "store", "storefile", "models"},
     {
         *{
@@ -65,8 +65,10 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 ONLY_IN = {  # package -> files that may import it
     "torch": ("moelite/gpu.py", "scripts/", "tests/"),
-    "bitsandbytes": ("moelite/gpu.py", "tests/"),
+    "bitsandbytes": ("moelite/gpu.py", "scripts/", "tests/"),
     "transformers": ("scripts/", "tests/"),
+    "plotly": ("cli/plot.py", "tests/"),
+    "matplotlib": ("cli/plot.py", "tests/"),
     "typer": ("cli/", "tests/"),
     "rich": ("cli/", "tests/"),
     "prompt_toolkit": ("cli/", "tests/"),
