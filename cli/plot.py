@@ -138,7 +138,7 @@ def _image(path: Path, by_tool: dict[str, list[Mark]], title: str, about: str) -
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 6.5), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)  # of its own: no window, no state of pyplot
+    canvas: Any = FigureCanvasAgg(figure)  # of its own: no window, no state of pyplot
     axes = figure.add_subplot()
     line = edge(by_tool)
     axes.plot(

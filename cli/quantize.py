@@ -18,7 +18,8 @@ from rich.text import Text
 
 from moelite.cli.common import OfflineOption, RecipeOption, progress, stderr_console
 from moelite.cli.render import seconds
-from moelite.units import show_bytes
+from moelite.errors import UsageError
+from moelite.units import parse_bytes, show_bytes
 
 if TYPE_CHECKING:
     from moelite.convert import QuantizeReport
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 _SHOWN_IGNORED = 5
 _SHOWN_FEW = 5
+_CHOICE = "vq-0.5 to vq-3, int4, int8"
 _LINE_S = 10.0  # seconds between two lines where there is no bar
 
 
@@ -53,6 +55,20 @@ def quantize(  # noqa: PLR0913 - one parameter per option
             metavar="FORMAT",
             help="Also a plane of all experts in few bits, for --on-miss low.",
             show_default=False,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Choose formats of experts so that the store fits."),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="The same, in bits for each parameter of the model."),
+    ] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F,G,...", help="What to choose from for a target.", show_default=_CHOICE
         ),
     ] = None,
     ram: Annotated[
@@ -89,6 +105,7 @@ def quantize(  # noqa: PLR0913 - one parameter per option
                 dense=dense,
                 recipe=recipe,
                 low=low,
+                target=_target(target_size, target_bpw, formats),
                 ram=ram,
                 dry_run=dry_run,
                 progress=update,
@@ -103,6 +120,20 @@ def quantize(  # noqa: PLR0913 - one parameter per option
         print(json.dumps(as_dict(report), indent=2))
     else:
         show(Console(highlight=False), report)
+
+
+def _target(size: str | None, bpw: float | None, formats: str | None) -> Any:
+    """What the options of a target mean; None without one."""
+    from moelite.target import Target
+
+    if size is None and bpw is None:
+        if formats is not None:
+            raise UsageError("--formats are for a target", fix="--target-size or --target-bpw")
+        return None
+    found = Target(None if size is None else parse_bytes(size), bpw)
+    if formats is None:
+        return found
+    return found._replace(formats=tuple(name.strip() for name in formats.split(",")))
 
 
 def as_dict(report: QuantizeReport) -> dict[str, Any]:
@@ -146,6 +177,16 @@ def show(console: Console, report: QuantizeReport) -> None:
     )
     console.print(table)
     console.print(Text(f"read from: {_shares(report.encodings)}"))
+    if report.ternary is not None:
+        zeros, bits, entropy = report.ternary
+        console.print(
+            Text(
+                f"ternary experts, one of each layer: {100 * zeros:.1f} % zeros, {bits:.3f} bits a"
+                f" weight, where their entropy is {entropy:.3f}"
+            )
+        )
+    if report.recipe.get("target"):
+        console.print(Text("\n".join(_chosen(report.recipe))))
     if report.ignored:
         some = ", ".join(report.ignored[:_SHOWN_IGNORED])
         more = len(report.ignored) - _SHOWN_IGNORED
@@ -169,6 +210,14 @@ def _shares(encodings: dict[str, int]) -> str:
     """How the checkpoint keeps what was read, in shares of its bytes."""
     total = max(1, sum(encodings.values()))
     return ", ".join(f"{name} ({100 * size / total:.3g}%)" for name, size in encodings.items())
+
+
+def _chosen(recipe: dict[str, Any]) -> Iterator[str]:
+    """The recipe that a target led to, a line for each part and format."""
+    yield f"chosen for {recipe['target']}: {recipe['experts']}, but"
+    for rule in recipe.get("rule", []):
+        experts = f" experts {rule['experts']}" if "experts" in rule else ""
+        yield f"  {rule['part']:<8} {rule['format']:<7} in layers {rule['layers']}{experts}"
 
 
 def _verdict(report: QuantizeReport) -> str:

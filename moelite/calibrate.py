@@ -31,10 +31,10 @@ import numpy.typing as npt
 from moelite.arch import Arch, MoE
 from moelite.forward import (
     EMBED_ROWS,
-    DenseWeights,
     Normed,
     Projection,
     SelfAttention,
+    Weights,
     dense_mlp,
     silu_gate,
 )
@@ -89,6 +89,15 @@ def tokenize(tokenizer: Tokenizer, text: str, tokens: int, context: int = CONTEX
     return cut(tokenizer.encode(text, special=False)[:tokens], context, bos_id)
 
 
+class Inputs(NamedTuple):
+    """What an expert met: Curvature of gate and up's inputs, and of down's; weight: the sum over
+    its tokens of (routing weight)^2 / mean(residual^2)."""
+
+    gate_up: Curvature
+    down: Curvature
+    weight: float
+
+
 class Rare(NamedTuple):
     """An expert that few tokens of the calibration text reached."""
 
@@ -107,7 +116,7 @@ class Calibrator:
     def __init__(
         self,
         arch: Arch,
-        weights: DenseWeights,
+        weights: Weights,
         text: Text,
         finished: Callable[[int, int], Matrices],
         spill: Path | None = None,
@@ -151,6 +160,18 @@ class Calibrator:
         self._feed(tokens, stored)
         self._expert += 1
         return packed
+
+    def look(self, layer: int, expert: int, matrices: Matrices) -> Inputs:
+        """What an expert meets if it and all before it are `matrices`, unquantized; in order."""
+        self._reach(layer, expert)
+        tokens = self._tokens_of(expert)
+        first = self._curve(tokens, self._typical, None)
+        last = self._curve(tokens, None, matrices[:2])
+        rows, shares = tokens
+        weight = float(np.sum(shares * shares / self._energy[rows]))
+        self._feed(tokens, matrices)
+        self._expert += 1
+        return Inputs(first, last, weight)
 
     def close(self) -> None:
         """Gives the streams' memory or files back."""

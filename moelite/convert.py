@@ -39,7 +39,9 @@ from moelite.packing import (
 )
 from moelite.process import peak_rss_bytes
 from moelite.quant.base import U8
+from moelite.quant.qmoe import Statistics
 from moelite.recipe import Recipe, choose
+from moelite.sparsity import ternary_statistics
 from moelite.store import Store
 from moelite.storefile import (
     DENSE,
@@ -64,6 +66,7 @@ from moelite.storefile import (
     read_manifest,
     spans,
 )
+from moelite.target import Target, fit
 from moelite.tensorfile import pwrite_all, read_header
 from moelite.units import show_bytes
 
@@ -74,8 +77,8 @@ class QuantizeReport:
 
     reused: the store was finished already. resumed: files kept from an interrupted run. ignored:
     tensors of the checkpoint that the model does not use. rare: experts that the calibration text
-    reached little. encodings: bytes read by how the checkpoint keeps them ("BF16", "Q4_K", "gptq
-    int4, groups of 128"), largest first.
+    reached little. ternary: of experts in qmoe's formats. encodings: bytes read by how the
+    checkpoint keeps them ("BF16", "Q4_K", "gptq int4, groups of 128"), largest first.
     """
 
     source: str
@@ -91,6 +94,7 @@ class QuantizeReport:
     reused: bool = False
     dry_run: bool = False
     rare: tuple[Rare, ...] = ()
+    ternary: Statistics | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -109,6 +113,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     dense: str | None = None,
     recipe: str | Recipe | None = None,
     low: str | None = None,
+    target: Target | None = None,
     ram: str | int | None = "2GiB",
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -121,8 +126,9 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     src: a checkpoint's folder, a GGUF file, a hub id, "smollm2-moe" or a Source. experts, dense:
     formats (default: experts whose codes a format carries as they are keep them, others get int4;
     int8); or a recipe, by its name or file. low: the format of a plane of all experts beside the
-    main one, for `load(on_miss="low")`. dry_run: only report sizes. progress: called with (source
-    bytes done, in all, what is being packed). calibrate: a text file or token ids, of which the
+    main one, for `load(on_miss="low")`. target: a size; formats of experts are then chosen for it,
+    by what each costs each expert as the text of `calibrate` meets it. dry_run: only report sizes.
+    progress: called with (done, in all, what). calibrate: a text file or token ids, of which the
     first calibrate_tokens show the formats what experts read.
 
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
@@ -132,10 +138,12 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     out = Path(out)
     source = open_source(src, offline=offline, progress=progress)
     asked = choose(recipe, experts, dense, low)
-    if experts is None and recipe is None and calibrate is None:
+    text = read_text(source, calibrate, calibrate_tokens)
+    if target is not None:
+        asked = fit(source, asked, target, text, (out, progress or _silent))
+    elif experts is None and recipe is None and calibrate is None:
         asked = keeping(source, build(source.config), asked)
     inventory = take_inventory(source, asked)
-    text = read_text(source, calibrate, calibrate_tokens)
     calibration = None if text is None else Calibration(source, inventory, out, text)
     state = _State()
     if not dry_run:
@@ -163,6 +171,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
         reused=state.finished,
         dry_run=dry_run,
         rare=() if calibration is None else calibration.rare,
+        ternary=None if dry_run else ternary_statistics(out),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,14 @@ from moelite.tensorfile import pread_into, read_header
 
 Rows = npt.NDArray[np.int64]
 EMBED_ROWS = 4096  # rows of an embedding unpacked at once, a multiple of TILE_ROWS
+
+
+class Weights(Protocol):
+    """Where dense weights come from, as float32: see DenseWeights."""
+
+    def matrix(self, part: Linear) -> F32: ...
+    def vector(self, ref: TensorRef) -> F32: ...
+    def embed(self, ref: TensorRef, ids: Sequence[int]) -> Iterator[tuple[Rows, F32]]: ...
 
 
 class DenseWeights:
@@ -77,7 +86,7 @@ class DenseWeights:
 class Projection:
     """y [T, rows] = x [T, cols] @ W.T (+ bias), its weights read."""
 
-    def __init__(self, weights: DenseWeights, part: Linear) -> None:
+    def __init__(self, weights: Weights, part: Linear) -> None:
         self._weight = weights.matrix(part)
         self._bias = None if part.bias is None else weights.vector(part.bias)
 
@@ -89,7 +98,7 @@ class Projection:
 class Normed:
     """A Norm of the last axis, its weights read."""
 
-    def __init__(self, weights: DenseWeights, norm: Norm) -> None:
+    def __init__(self, weights: Weights, norm: Norm) -> None:
         self._norm = norm
         self._bias = None if norm.bias is None else weights.vector(norm.bias)
         self._weight = None
@@ -108,7 +117,7 @@ class Normed:
 class SelfAttention:
     """o(attention(q, k, v)) of one sequence, from its first token on."""
 
-    def __init__(self, weights: DenseWeights, spec: Attention) -> None:
+    def __init__(self, weights: Weights, spec: Attention) -> None:
         self._spec = spec
         self._q, self._k, self._v, self._o = (
             Projection(weights, part) for part in (spec.q, spec.k, spec.v, spec.o)
@@ -184,7 +193,7 @@ def silu_gate(gate: F32, up: F32) -> F32:
 class DenseMLP:
     """A feed-forward part that every token passes, times its gate where it has one."""
 
-    def __init__(self, weights: DenseWeights, mlp: GatedMLP, gate: Linear | None = None) -> None:
+    def __init__(self, weights: Weights, mlp: GatedMLP, gate: Linear | None = None) -> None:
         self._gate, self._up, self._down = (Projection(weights, part) for part in mlp.matrices)
         self._open = None if gate is None else Projection(weights, gate)
 
@@ -196,7 +205,7 @@ class DenseMLP:
         return y
 
 
-def dense_mlp(weights: DenseWeights, mlp: GatedMLP | MoE) -> DenseMLP | None:
+def dense_mlp(weights: Weights, mlp: GatedMLP | MoE) -> DenseMLP | None:
     """The part of a layer that is not routed: the shared expert, or all of a dense layer."""
     if not isinstance(mlp, MoE):
         return DenseMLP(weights, mlp)

@@ -20,6 +20,7 @@ from moelite.quant.record import RecordLayout, record_layout
 from moelite.recipe import Recipe, check_layers
 from moelite.storefile import DenseSpec, LayerEntry, TensorClass, packed_bytes
 
+ROUTED = "routed experts"  # the class of them, in reports
 _SAMPLES, _SAMPLE_LIMIT = 32, 1 << 20  # tensors and weights a row that identify a checkpoint
 
 
@@ -56,6 +57,10 @@ class Inventory:
         return sum(c.bytes_before for c in self.classes)
 
     @property
+    def params(self) -> int:
+        return sum(c.params for c in self.classes)
+
+    @property
     def store_bytes(self) -> int:
         return sum(c.bytes_after for c in self.classes)
 
@@ -87,7 +92,7 @@ def take_inventory(source: Source, recipe: Recipe) -> Inventory:
             layout = entry.layout_of(expert)
             parts = zip(mlp.experts.matrices, _each(layout), _shares(layout), strict=True)
             for part, fmt, size in parts:
-                row = "routed experts", fmt
+                row = ROUTED, fmt
                 table.add(part.weight.at(expert), (part.rows, part.cols), row, size)
         if entry.low is not None:
             table.low(entry)
@@ -111,7 +116,7 @@ def classes_of(inventory: Inventory, entries: Mapping[int, LayerEntry]) -> tuple
         for tier in entry.tier_of:
             layout = entry.tiers[tier]
             for fmt, size in zip(_each(layout), _shares(layout), strict=True):
-                after["routed experts", fmt] += size
+                after[ROUTED, fmt] += size
         if entry.low is not None:
             after["low plane", entry.low.gate_up_format] += entry.low_bytes
     return tuple(

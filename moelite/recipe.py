@@ -40,7 +40,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "int8": {"experts": "int8", "dense": "int8"},
 }
 _SIZE_LIMIT = 1 << 20  # bytes of a recipe's file
-_KEYS = {"experts", "dense", "low", "rule"}
+_KEYS = {"experts", "dense", "low", "rule", "target"}
 _RULE_KEYS = {"part", "layers", "experts", "format"}
 
 
@@ -62,12 +62,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """experts, dense: formats where no rule says otherwise. low: of the low plane, or None."""
+    """experts, dense: formats where no rule says otherwise. low: of the low plane, or None.
+    target: what the rules were made for, if moelite made them, in words.
+    """
 
     experts: str = "int4"
     dense: str = "int8"
     low: str | None = None
     rules: tuple[Rule, ...] = ()
+    target: str | None = None
 
     def expert(self, layer: int, expert: int) -> tuple[str, str]:
         """Formats of gate and up, and of down, of a routed expert."""
@@ -91,6 +94,8 @@ class Recipe:
         found: dict[str, Any] = {"experts": self.experts, "dense": self.dense}
         if self.low is not None:
             found["low"] = self.low
+        if self.target is not None:
+            found["target"] = self.target
         if self.rules:
             found["rule"] = [_rule_json(rule) for rule in self.rules]
         return found
@@ -156,6 +161,7 @@ def parse(raw: Mapping[str, Any], name: str) -> Recipe:
         dense=str(raw.get("dense", _DEFAULT.dense)),
         low=None if raw.get("low") is None else str(raw["low"]),
         rules=tuple(_rule(rule, f"{name}: rule {i + 1}") for i, rule in enumerate(rules)),
+        target=None if raw.get("target") is None else str(raw["target"]),
     )
     _allowed(recipe.experts, "experts", tuple(FORMATS))
     _allowed(recipe.dense, "dense", DENSE_FORMATS)

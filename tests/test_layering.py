@@ -29,7 +29,16 @@ LAYERS = (
     },
     {"outlook", "meter"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
-    | {"inventory", "packing", "lookahead", "expertjobs", "allocation", "layerfile", "kept"}
+    | {
+        "inventory",
+        "packing",
+        "lookahead",
+        "expertjobs",
+        "allocation",
+        "layerfile",
+        "kept",
+        "tradeoff",
+    }
     | {"forward", "stream", "calibrate", "scores", "agreement", "frontier", "storesize"},
     {"cache", "store", "storefile", "models"},
     {
