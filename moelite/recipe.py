@@ -25,7 +25,7 @@ from moelite.arch import Arch, MoE
 from moelite.errors import UsageError
 from moelite.quant import FORMATS
 
-DENSE_FORMATS = ("int4", "int8", "bf16", "f32")
+DENSE_FORMATS = ("int4", "int8", "bf16", "f32", "int4-f16", "mxfp4", "nf4")
 # parts of a recipe: those of routed experts, and the kinds of dense matrices as reports name them
 EXPERT_PARTS = ("experts", "gate_up", "down")
 DENSE_PARTS = {

@@ -37,7 +37,11 @@ _RECENT = 5  # of which the median counts
 _DECODE_SHARE = 0.75
 # Multiply-adds a second and thread in a prompt of 128 tokens: OLMoE's 1.2 G weights a token at 165
 # and 80 tokens a second on two threads (the same place); with AVX2 two thirds of it.
+# Others by their kernels' speed at 64 tokens beside int4's (docs/log).
 _PREFILL_MACS = {"int4": 95e9, "int8": 47e9, "bf16": 12e9, "f32": 12e9}
+_PREFILL_MACS |= {"int4-f16": 95e9, "mxfp4": 95e9, "nf4": 36e9, "nf4-dq": 30e9}
+_PREFILL_MACS |= {"vq-0.5": 95e9, "vq-1": 95e9, "vq-1.5": 90e9, "vq-2": 90e9, "vq-2.5": 90e9}
+_PREFILL_MACS |= {"vq-3": 85e9, "qmoe": 39e9, "qmoe-ls": 39e9}
 _NARROW = 0.65
 _MISS_S = 0.15e-3  # to handle a miss in Python: 0.09 to 0.2 ms, by the size of a record
 # Of lookahead: 79 % on the built-in model, 81 to 89 in published runs of Qwen models (docs/LOG.md)

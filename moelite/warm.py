@@ -70,6 +70,7 @@ def ensure(formats: Iterable[str], on_compile: Callable[[str], None] | None = No
 
 # What there is to compile besides formats, and the seconds it took, to divide it among two children
 _SECONDS = {"step": 12, "attention": 10, "feed": 6, "int4": 7, "int8": 7, "f32": 4, "bf16": 4}
+_SECONDS |= {"nf4": 12, "nf4-dq": 12, "int4-f16": 7, "mxfp4": 7, "qmoe": 9, "qmoe-ls": 9}
 
 
 def _halves(parts: list[str]) -> list[list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +143,12 @@ def test_the_command_reads_the_text_with_the_models_tokenizer(
     assert main.exit_code(["quantize", str(model), str(tmp_path / "text"), *arguments]) == 0
     assert "experts that few tokens of the text reached: layer" in capsys.readouterr().out
     quantize(model, tmp_path / "ids", ram=None, calibrate=IDS, calibrate_tokens=600)
-    assert contents(tmp_path / "text") == contents(tmp_path / "ids")
+    text, ids = contents(tmp_path / "text"), contents(tmp_path / "ids")
+    told = [json.loads(files.pop("moelite.json"))["calibration"] for files in (text, ids)]
+    assert text == ids
+    assert told[0]["ids"] == told[1]["ids"]
+    data = (tmp_path / "text.txt").read_bytes()
+    assert [facts["sha256"] for facts in told] == [hashlib.sha256(data).hexdigest(), ""]
 
 
 def test_nan_is_named(tmp_path: Path) -> None:
