@@ -24,6 +24,7 @@ from moelite.workspace import workspace_bytes
 # Interpreter, numpy, numba, loaded kernels, terminal and template libraries: see docs/LOG.md.
 RUNTIME_BYTES = 190 * MIB
 CHUNKS = (1024, 512, 256, 128, 64, 32, 16)
+LOW_READS = 4
 FAST_CHUNK = 256  # from here on a larger chunk computes no faster; it only reads less from disk
 
 
@@ -157,6 +158,8 @@ def dense_bytes(arch: Arch, dense: Mapping[str, str]) -> int:
 def plan(sizes: Sizes, budget_bytes: int, chunk: int | None = None) -> Footprint:
     """How `budget_bytes` are divided. Never raises for a budget that is too small: see `fits`."""
     arch, floating = sizes.arch, floating_slots(sizes.arch)
+    if sizes.low:
+        floating *= LOW_READS  # nobody waits for reads, so more of them are under way
     classes = {entry.slot_bytes for entry in sizes.layers.values()}
     all_bytes = sum(entry.experts * entry.slot_bytes for entry in sizes.layers.values())
     low = sum(entry.low_bytes for entry in sizes.layers.values()) if sizes.low else 0
