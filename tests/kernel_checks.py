@@ -133,7 +133,7 @@ def carried(tokens: int) -> None:
 
 if __name__ == "__main__":
     # one format for each kernel: of vq, entries of 16, 8 and 4 bytes in one plane and in two
-    for fmt in ("int8", "int4", "int4-f16", "mxfp4", "nf4", "nf4-dq", "vq-1.5", "vq-3", "qmoe"):
+    for fmt in ("int8", "int4", "int4-f16", "nf4", "vq-1.5", "vq-3", "qmoe"):
         for count in (1, 5, 9, 21):
             worst(fmt, count)
             random(fmt, count, (75, 72), count)

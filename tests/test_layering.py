@@ -37,6 +37,8 @@ LAYERS = (
         "allocation",
         "layerfile",
         "kept",
+        "sparsity",
+        "target",
         "tradeoff",
     }
     | {"forward", "stream", "calibrate", "scores", "agreement", "frontier", "storesize"},

@@ -97,13 +97,17 @@ IMPLIED = {"llvmlite": "numba"}
 
 def test_the_package_imports_only_what_it_declares() -> None:
     declared = {distribution(r) for r in SETTINGS["project"]["dependencies"]}
-    extra = {distribution(r) for r in SETTINGS["project"]["optional-dependencies"]["gpu"]}
+    extras = SETTINGS["project"]["optional-dependencies"]
+    own = {
+        name: {distribution(r) for r in extras[extra]}
+        for name, extra in (("gpu.py", "gpu"), ("plot.py", "report"))
+    }
     owners = importlib.metadata.packages_distributions()
     for top in ("moelite", *LINKED):
         for path in files_of(ROOT / top):
             if path.suffix != ".py":
                 continue
-            allowed = declared | extra if path.name == "gpu.py" else declared
+            allowed = declared | own.get(path.name, set())
             for name in third_party(path):
                 dists = {distribution(d) for d in owners.get(IMPLIED.get(name, name), [name])}
                 assert dists & allowed, f"{path}: {name} is not a declared dependency"
