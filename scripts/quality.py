@@ -34,7 +34,7 @@ FIRST_TYPES = ("Q8_0", "Q6_K", "Q5_K_S", "Q4_K_S", "Q4_K_M", "Q4_0", "IQ4_NL", "
 LOW_TYPES = ("Q3_K_S", "Q3_K_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS")
 LOW_TYPES += ("IQ1_M", "IQ1_S")
 TYPES = (*FIRST_TYPES, *LOW_TYPES)
-# What llama.cpp gives rows that are no multiple of 256 in place of all of LOW_TYPES and IQ4_XS
+# What llama.cpp gives rows that are no multiple of 256 in place of any i-type below it
 STAND_IN = "IQ4_NL"
 CONTEXT = 512
 FIRST = CONTEXT // 2 + 1  # of a window's tokens, the first that is scored
@@ -117,7 +117,7 @@ def quantized(setting: Setting, name: str) -> dict[str, Any]:
     """The sizes and the per-token scores of one of llama.cpp's types; its file is removed."""
     path, imatrix = setting.work / f"{name}.gguf", setting.work / "imatrix.npz"
     base, low = setting.work / "base.gguf", setting.work / "base-low.gguf"
-    if low.exists() and name in {*LOW_TYPES, "IQ4_XS", STAND_IN}:
+    if low.exists() and name.startswith("IQ"):
         base = low
     asked = {"gguf": base, "out": path, "imatrix": imatrix, "threads": default_threads()}
     setting.ask("quantize", **asked, ftype=f"MOSTLY_{name}")
@@ -129,7 +129,7 @@ def quantized(setting: Setting, name: str) -> dict[str, Any]:
 
 
 def _keep_stand_ins(setting: Setting, path: Path, low: Path) -> None:
-    """Writes the base of the low types: what they all store as IQ4_NL is quantized already.
+    """Writes the base of the i-types: what they all store as IQ4_NL is quantized already.
 
     llama.cpp copies a tensor that has the type it is to get; quantizing it anew gives the same
     bytes and takes most of the time.
