@@ -69,8 +69,8 @@ def measure(
     walk = None
     if text is not None:
         walk = Calibrator(arch, SourceWeights(source), text, _nothing_finished)
-    layers, units = moe_layers(arch), []
-    total, done = sum(mlp.num_experts for mlp in layers.values()), 0
+    layers, units, done = moe_layers(arch), [], 0
+    total = sum(mlp.num_experts * _bytes(mlp) for mlp in layers.values())
     try:
         for number, mlp in layers.items():
             costs: list[tuple[dict[str, float], dict[str, float]]] = []
@@ -78,7 +78,7 @@ def measure(
                 matrices = _matrices(source, mlp, expert)
                 inputs = None if walk is None else walk.look(number, expert, matrices)
                 costs.append(_costs(matrices, inputs, candidates))
-                done += 1
+                done += _bytes(mlp) if walk is not None else mlp.num_experts * _bytes(mlp)
                 if progress is not None:
                     progress(done, total, f"measuring formats, layer {number}")
             sizes = _sizes(arch, mlp, candidates)
@@ -123,6 +123,11 @@ def experts_room(target_bytes: int, other_bytes: int) -> int:
             fix="name a larger target, or smaller dense weights (--dense int4)",
         )
     return target_bytes - other_bytes
+
+
+def _bytes(mlp: MoE) -> int:
+    # of an expert, as 16-bit numbers: what progress counts
+    return 2 * sum(part.rows * part.cols for part in mlp.experts.matrices)
 
 
 def _place(unit: Unit) -> tuple[int, str]:
