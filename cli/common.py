@@ -153,7 +153,7 @@ def _builtin(console: Console, *, offline: bool) -> Path:
     updates = files("moelite").joinpath("data/smollm2_moe.safetensors")
     slug = f"{BUILTIN}-{hashlib.sha256(updates.read_bytes()).hexdigest()[:12]}"
     for old in (cache_folder() / "stores").glob(f"{BUILTIN}-*"):
-        if old.name != slug:
+        if not old.name.startswith(slug):
             shutil.rmtree(old)
     return _quantized(BUILTIN, slug, console, offline=offline)
 
@@ -169,7 +169,12 @@ def _fingerprint(folder: Path) -> str:
 
 def _quantized(source: str | Path, name: str, console: Console, *, offline: bool) -> Path:
     """The store of `source` in the cache folder; written now if it is not there."""
-    out = cache_folder() / "stores" / name
+    from moelite.storefile import VERSION
+
+    out = cache_folder() / "stores" / f"{name}.v{VERSION}"
+    for old in (out.parent / name, *out.parent.glob(f"{name}.v*")):
+        if old != out and old.is_dir():
+            shutil.rmtree(old)  # made by another moelite: this one cannot read it
     if is_store(out):
         return out
     from rich.text import Text
