@@ -64,7 +64,7 @@ class Calibration:
         """
         self._entries = entries
         inventory = self._inventory
-        self._spill = _must_spill(inventory.arch, self._text, inventory.formats, ram)
+        self._spill = must_spill(inventory.arch, self._text, inventory.formats, ram)
 
     def pack(
         self, layer: int, expert: int, formats: Sequence[tuple[str, str]]
@@ -117,7 +117,7 @@ def read_text(source: Source, given: str | Path | Sequence[int] | None, tokens: 
     return text
 
 
-def _must_spill(arch: Arch, text: Text, formats: Iterable[str], ram: str | int | None) -> bool:
+def must_spill(arch: Arch, text: Text, formats: Iterable[str], ram: str | int | None) -> bool:
     """Whether the streams have to lie in a file, so that memory stays below `ram`.
 
     Raises BudgetError, naming the least, when even that is not enough.

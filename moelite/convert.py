@@ -66,7 +66,7 @@ from moelite.storefile import (
     read_manifest,
     spans,
 )
-from moelite.target import Target, fit
+from moelite.target import Target, Way, fit
 from moelite.tensorfile import pwrite_all, read_header
 from moelite.units import show_bytes
 
@@ -140,7 +140,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     asked = choose(recipe, experts, dense, low)
     text = read_text(source, calibrate, calibrate_tokens)
     if target is not None:
-        asked = fit(source, asked, target, text, (out, progress or _silent))
+        asked = fit(source, asked, target, text, Way(out, not dry_run, ram, progress or _silent))
     elif experts is None and recipe is None and calibrate is None:
         asked = keeping(source, build(source.config), asked)
     inventory = take_inventory(source, asked)

@@ -30,7 +30,7 @@ from moelite.models import build
 from moelite.outlook import PROMPT_TOKENS, outlook, speeds_here, usual_hits
 from moelite.quant.base import ALIGN, F32, U8, pad
 from moelite.session import Session
-from moelite.sizing import budget_of, context_of, stored, threads_of
+from moelite.sizing import budget_of, context_of, need_low_plane, stored, threads_of
 from moelite.step import LAYER_PHASES
 from moelite.store import Store
 from moelite.threads import Team
@@ -106,7 +106,7 @@ class Model:
             read=store.load_record,
             readers=drive.depth if drive else READERS,
         )
-        self.lookahead = Lookahead(lookahead)
+        self.lookahead = Lookahead("off" if on_miss == "low" else lookahead)
         work = Workspace(arch, footprint.chunk, footprint.threads)
         self._decoder = Decoder(
             arch,
@@ -301,16 +301,6 @@ def _choose_reads(store: Store, footprint: Footprint, reads: Reads) -> DriveSpee
     return drive
 
 
-def _check_on_miss(store: Store, on_miss: OnMiss) -> None:
-    if on_miss not in get_args(OnMiss):
-        raise UsageError(f"on_miss {on_miss!r} is not known", fix="wait or low")
-    if on_miss == "low" and any(entry.low is None for entry in store.layers.values()):
-        raise UsageError(
-            f"{store.path} has no low plane to answer from",
-            fix="quantize with --low FORMAT, or run with --on-miss wait",
-        )
-
-
 def load(  # noqa: PLR0913 - one for each choice a user has
     path: str | Path,
     *,
@@ -339,7 +329,10 @@ def load(  # noqa: PLR0913 - one for each choice a user has
     """
     store = Store.open(Path(path))
     try:
-        _check_on_miss(store, on_miss)
+        if on_miss not in get_args(OnMiss):
+            raise UsageError(f"on_miss {on_miss!r} is not known", fix="wait or low")
+        if on_miss == "low":
+            need_low_plane(store.layers, store.path)
         arch = build(store.config)
         sizes = Sizes(
             arch=arch,

@@ -56,9 +56,9 @@ class Meter:
 
         decoded: tokens after the first.
         """
-        if not self._begun:
-            return
         sizes = self._model.sizes
+        if not self._begun or sizes.low:  # nobody waits there: it tells nothing of other runs
+            return
         prefill = _spent(self._start, self._first, computed)
         decode = _spent(self._first, self._now(), decoded)
         work = work_of(sizes, prompt + decoded // 2)

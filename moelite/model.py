@@ -135,7 +135,7 @@ class Decoder:
         self._logits_of, first, layers = -1, 0, len(self.arch.layers)
         if tokens == 1 and self.low:
             self._experts.admit()
-        self._guessing = tokens == 1 and not self.low and self.lookahead.wanted()
+        self._guessing = tokens == 1 and self.lookahead.wanted()
         guess = self.guess if self._guessing else NO_GUESS
         began, self._missing = time.perf_counter(), 0
         self._give(start, tokens)

@@ -18,7 +18,7 @@ from moelite.arch import MoE, TensorRef
 from moelite.checkpoint import Source, read
 from moelite.errors import BudgetError, MoeliteError, StoreError
 from moelite.inventory import DenseItem, Inventory
-from moelite.kept import repack
+from moelite.kept import CARRIERS, repack
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat
@@ -30,6 +30,7 @@ from moelite.units import MIB, parse_bytes, show_bytes
 TEMPORARY = ".part"  # ends the name of a file that is not complete
 _CHUNK_BYTES = 4 * MIB  # float32 rows packed at once
 _PACK_FACTOR = 8  # a packer's peak is 7 times its rows (int8), measured with tracemalloc
+_KEPT_BYTES = 8  # a weight packed from its own codes: 4.1 measured, and the codes
 _SLACK_BYTES = 24 * MIB  # what threads, the allocator and headers add
 
 
@@ -152,6 +153,7 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
         refs += [part.weight.at(0) for part in mlp.experts.matrices]
     columns = [item.spec.shape[-1] for item in inventory.items.values()]
     layouts = [tier for entry in inventory.entries.values() for tier in entry.tiers]
+    layouts += [entry.low for entry in inventory.entries.values() if entry.low is not None]
     columns += [layouts[0].hidden_size, layouts[0].expert_size]
     chunk = max(4 * cols * _chunk_rows(cols) for cols in columns)
     if any(FORMATS[n].whole or not FORMATS[n].exact for n in inventory.formats):
@@ -159,6 +161,8 @@ def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
     # three parts, gate and up joined, the record
     each = 3 * max(tier.record_bytes for tier in layouts) + chunk * _PACK_FACTOR
     each += max(_held_bytes(source, ref) for ref in refs)
+    if any(carrier.name in inventory.formats for carrier in CARRIERS):
+        each += _KEPT_BYTES * layouts[0].hidden_size * layouts[0].expert_size
     base = rss_bytes() + _SLACK_BYTES
     if base + each > budget:
         need = math.ceil((base + each) / MIB)

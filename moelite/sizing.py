@@ -79,6 +79,15 @@ def stored(manifest: Manifest) -> Stored:
     )
 
 
+def need_low_plane(layers: Mapping[int, LayerEntry], path: str | Path) -> None:
+    """Raises UsageError for a store, or a recipe, without a low plane."""
+    if any(entry.low is None for entry in layers.values()):
+        raise UsageError(
+            f"{path} has no low plane to answer from",
+            fix="quantize with --low FORMAT, or run with --on-miss wait",
+        )
+
+
 def sizes_of(path: str | Path, settings: Settings) -> Sizes:
     """What a budget is planned for, from headers alone.
 
@@ -97,6 +106,8 @@ def sizes_of(path: str | Path, settings: Settings) -> Sizes:
             {item.ref.key: item.spec.format for item in dense_items(arch, settings.recipe)},
             found.tokenizer_bytes,
         )
+    if settings.low:
+        need_low_plane(parts.layers, path)
     return Sizes(
         arch=arch,
         **parts._asdict(),

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moelite.calibrate import Text
+from moelite.calibration import must_spill
 from moelite.checkpoint import Source
-from moelite.errors import UsageError
+from moelite.errors import StoreError, UsageError
 from moelite.inventory import ROUTED, take_inventory
 from moelite.models import build
 from moelite.quant import FORMATS
@@ -31,25 +32,51 @@ class Target(NamedTuple):
     formats: tuple[str, ...] = CANDIDATES
 
 
-def fit(
-    source: Source, base: Recipe, target: Target, text: Text | None, way: tuple[Path, Progress]
-) -> Recipe:
-    """`base` with formats of experts chosen for a target; those of the folder, if it has them."""
-    (out, progress), arch = way, build(source.config)
+class Way(NamedTuple):
+    """How a target is met. out: the store's folder; write: whether it is to be written; ram: as
+    `quantize` takes it."""
+
+    out: Path
+    write: bool
+    ram: str | int | None
+    progress: Progress
+
+
+def fit(source: Source, base: Recipe, target: Target, text: Text | None, way: Way) -> Recipe:
+    """`base` with formats of experts chosen for a target; those of the folder, if it has them.
+
+    Raises StoreError for a folder that holds something else, before anything is measured, and
+    BudgetError if measuring takes more than `ram`.
+    """
+    arch = build(source.config)
     _check(target)
     inventory = take_inventory(source, replace(base, experts="int4", rules=()))
     size = target.size or int((target.bpw or 0) * inventory.params / 8)
     base = replace(base, rules=(), target=f"{size} bytes of {', '.join(target.formats)}")
+    found = _begun(way.out)
+    asked = base.target, base.dense, base.low
+    if found is not None and (found.target, found.dense, found.low) == asked:
+        return found
+    if way.write and way.out.exists() and (not way.out.is_dir() or any(way.out.iterdir())):
+        raise StoreError(
+            f"{way.out} is not empty, and no store of this target", fix="name a new folder"
+        )
+    others = sum(map(len, source.files.values())) + _HEADERS * (1 + len(inventory.layers))
+    others += sum(c.bytes_after for c in inventory.classes if c.name != ROUTED)
+    room, spill = experts_room(size, others), None
+    if text is not None and must_spill(arch, text, target.formats, way.ram):
+        spill = next(p for p in way.out.absolute().parents if p.is_dir())
+    units = measure(source, arch, text, target.formats, way.progress, spill)
+    return solve(units, base, room)
+
+
+def _begun(out: Path) -> Recipe | None:
+    """The recipe of a store that is in the folder, finished or not."""
     for name in (MANIFEST, PARTIAL):
         if (out / name).is_file():
             raw = read_json(out / name).get("recipe")
-            found = parse(raw, name) if isinstance(raw, dict) else base
-            if (found.target, found.dense, found.low) == (base.target, base.dense, base.low):
-                return found
-    others = sum(map(len, source.files.values())) + _HEADERS * (1 + len(inventory.layers))
-    others += sum(c.bytes_after for c in inventory.classes if c.name != ROUTED)
-    room = experts_room(size, others)
-    return solve(measure(source, arch, text, target.formats, progress), base, room)
+            return parse(raw, name) if isinstance(raw, dict) else None
+    return None
 
 
 def _check(target: Target) -> None:

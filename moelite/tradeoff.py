@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 
@@ -61,14 +62,15 @@ def measure(
     text: Text | None,
     candidates: Sequence[str] = CANDIDATES,
     progress: Progress | None = None,
+    spill: Path | None = None,
 ) -> list[Unit]:
     """Size and cost of each candidate for gate and up, and for down, of every expert.
 
-    With a text, the unquantized model reads it.
+    With a text, the unquantized model reads it. spill: as `Calibrator` takes it.
     """
     walk = None
     if text is not None:
-        walk = Calibrator(arch, SourceWeights(source), text, _nothing_finished)
+        walk = Calibrator(arch, SourceWeights(source), text, _nothing_finished, spill)
     layers, units, done = moe_layers(arch), [], 0
     total = sum(mlp.num_experts * _bytes(mlp) for mlp in layers.values())
     try:

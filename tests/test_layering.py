@@ -21,6 +21,7 @@ LAYERS = (
         "convert",
         "inputs",
         "calibration",
+        "target",
         "demo",
         "demo_files",
         "bench",
@@ -38,7 +39,6 @@ LAYERS = (
         "layerfile",
         "kept",
         "sparsity",
-        "target",
         "tradeoff",
     }
     | {"forward", "stream", "calibrate", "scores", "agreement", "frontier", "storesize"},

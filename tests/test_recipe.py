@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from moelite.store import ExpertKey, Store
 from moelite.storefile import describe, file_json, spans
 from moelite.tensorfile import read_header
 
+ROOT = Path(__file__).resolve().parent.parent
 MIX = """
 experts = "int4"
 dense = "int8"
@@ -226,6 +230,30 @@ def test_a_store_without_a_low_plane_says_so(tmp_path: Path) -> None:
     moelite.quantize(tmp_path / "model", tmp_path / "store", ram=None)
     with pytest.raises(UsageError, match="no low plane"):
         moelite.load(tmp_path / "store", on_miss="low")
+    with pytest.raises(UsageError, match="no low plane"):
+        moelite.footprint(tmp_path / "store", low=True)
+
+
+def test_the_low_plane_is_measured_against_waiting(mixed: Path) -> None:
+    loader = SourceFileLoader("low_plane", str(ROOT / "scripts" / "low-plane"))
+    script = module_from_spec(spec_from_loader("low_plane", loader))
+    loader.exec_module(script)
+    whole = script.budget(mixed, 1.0, context=len(IDS), low=False)
+    assert moelite.footprint(mixed, ram=whole, context=len(IDS)).experts_resident == 12
+
+    def least(store: Path, share: float, *, context: int, low: bool) -> int:
+        plan = moelite.footprint(store, ram="1GiB", context=context, low=low)
+        return plan.used_bytes if share == 1 else plan.minimum_bytes
+
+    script.budget = least  # of so small a model a share of the experts is less than a buffer
+    args = argparse.Namespace(shares=[0.2], skip=4, reads="auto")
+    reference, wait, low = script.measure(mixed, IDS, args)
+    assert reference["resident"] == 1
+    assert wait["resident"] < 0.7
+    assert (reference["kld_mean"], wait["kld_mean"], wait["low"]) == (0, 0, 0)
+    assert low["low"] > 0
+    assert low["kld_mean"] > 0
+    assert "KL" in script.show(low, reference["tok_s"])
 
 
 def test_damage_is_named_by_tier_and_plane(mixed: Path) -> None:

@@ -154,7 +154,7 @@ def test_too_little_says_nothing() -> None:
 def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) -> None:
     spent = SimpleNamespace(clock=0.0, parts=0.0)
     model = SimpleNamespace(
-        sizes=SimpleNamespace(threads=2, expert_format="int4", dense_format="int8"),
+        sizes=SimpleNamespace(threads=2, expert_format="int4", dense_format="int8", low=False),
         footprint=SimpleNamespace(chunk=64),
         lookahead=SimpleNamespace(guessed=4000, recall=0.75),
         store=SimpleNamespace(direct=True),
