@@ -9,14 +9,18 @@ from moelite.cache.loader import ExpertCache, allocate_arena
 from moelite.cache.lru import LayerLRU, Lookup, replay
 from moelite.cache.stats import CacheStats
 from moelite.cache.trace import Trace, read_trace
+from moelite.cache.upper import Split, UpperCache, replay_tiers
 
 __all__ = [
     "CacheStats",
     "ExpertCache",
     "LayerLRU",
     "Lookup",
+    "Split",
     "Trace",
+    "UpperCache",
     "allocate_arena",
     "read_trace",
     "replay",
+    "replay_tiers",
 ]

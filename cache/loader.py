@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -67,6 +67,7 @@ class ExpertCache:
                 )
         self.arena = arena
         self.sizes = dict(sizes)
+        self.before_read: Callable[[int], None] | None = None  # told a slot to be overwritten
         self._lru = {layer: LayerLRU(quota) for layer, quota in quotas.items()}
         self._slot: dict[
             ExpertKey, int
@@ -118,6 +119,10 @@ class ExpertCache:
         if layer not in self._tables:
             self._tables[layer] = np.full(experts, -1, np.int32)
         return self._tables[layer]
+
+    def slot_of(self, layer: int, expert: int) -> int:
+        """The page where a resident expert begins, or -1."""
+        return self._slot.get(ExpertKey(layer, expert), -1)
 
     def touch(self, layer: int, experts: Sequence[int]) -> None:
         """Counts experts as used and hit; all are in memory, as `slots_of` told."""
@@ -240,6 +245,8 @@ class ExpertCache:
 
     def _submit(self, key: ExpertKey, *, urgent: bool) -> Reading:
         slot = self._free[self.sizes[key.layer]].pop()
+        if self.before_read is not None:
+            self.before_read(slot)
         reading = Reading(key, slot, self.slot_view(key.layer, slot))
         self._pool.submit(reading, urgent=urgent)
         return reading

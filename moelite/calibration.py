@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from moelite.arch import Arch, MoE, TensorRef
 from moelite.calibrate import (
@@ -36,7 +35,7 @@ from moelite.quant.record import unpack_record
 from moelite.storefile import DENSE, LayerEntry, layer_file
 from moelite.tensorfile import pread_into, read_header
 from moelite.tokenizer import Tokenizer
-from moelite.units import MIB, parse_bytes, show_bytes
+from moelite.units import MIB, show_bytes
 
 _SLACK_BYTES = 48 * MIB  # threads of BLAS, the allocator, headers
 
@@ -57,14 +56,14 @@ class Calibration:
         """Experts that the text reached little, of the layers packed or passed so far."""
         return tuple(self._calibrator.rare) if self._calibrator is not None else ()
 
-    def fit(self, ram: str | int | None, entries: Mapping[int, LayerEntry]) -> None:
-        """Decides what lies in memory. Raises BudgetError when `ram` is too small for any way.
+    def fit(self, budget: int, entries: Mapping[int, LayerEntry]) -> None:
+        """Decides what lies in memory. Raises BudgetError when `budget` is too small for any way.
 
         entries: of layers that are finished, then or later.
         """
         self._entries = entries
         inventory = self._inventory
-        self._spill = must_spill(inventory.arch, self._text, inventory.formats, ram)
+        self._spill = must_spill(inventory.arch, self._text, inventory.formats, budget)
 
     def pack(
         self, layer: int, expert: int, formats: Sequence[tuple[str, str]]
@@ -117,16 +116,13 @@ def read_text(source: Source, given: str | Path | Sequence[int] | None, tokens: 
     return text
 
 
-def must_spill(arch: Arch, text: Text, formats: Iterable[str], ram: str | int | None) -> bool:
-    """Whether the streams have to lie in a file, so that memory stays below `ram`.
+def must_spill(arch: Arch, text: Text, formats: Iterable[str], budget: int) -> bool:
+    """Whether the streams have to lie in a file, so that memory stays below `budget`.
 
     Raises BudgetError, naming the least, when even that is not enough.
     """
-    if ram is None:
-        return False
     for name in formats:  # compiles, so that it counts below
         FORMATS[name].pack(np.ones((TILE_ROWS, 64), np.float32), curvature(np.eye(64, dtype="f4")))
-    budget = parse_bytes(ram, total=psutil.virtual_memory().total)
     context = max(map(len, text.sequences))
     need = rss_bytes() + _SLACK_BYTES + calibration_bytes(arch, text.tokens, context)
     if need > budget:

@@ -41,6 +41,7 @@ from moelite.process import peak_rss_bytes
 from moelite.quant.base import U8
 from moelite.quant.qmoe import Statistics
 from moelite.recipe import Recipe, choose
+from moelite.sizing import packing_budget
 from moelite.sparsity import ternary_statistics
 from moelite.store import Store
 from moelite.storefile import (
@@ -114,14 +115,15 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     recipe: str | Recipe | None = None,
     low: str | None = None,
     target: Target | None = None,
-    ram: str | int | None = "2GiB",
+    ram: str | int | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     offline: bool = False,
     calibrate: str | Path | Sequence[int] | None = None,
     calibrate_tokens: int = TOKENS,
 ) -> QuantizeReport:
-    """Write the store of a checkpoint; peak memory of this process stays below `ram`.
+    """Write the store of a checkpoint; peak memory of this process stays below `ram`, by default
+    2 GiB more than it holds now.
 
     src: a checkpoint's folder, a GGUF file, a hub id, "smollm2-moe" or a Source. experts, dense:
     formats (default: experts whose codes a format carries as they are keep them, others get int4;
@@ -134,13 +136,12 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     Raises BudgetError with the minimum, StoreError when `out` holds something else, and what
     `open_source` and `take_inventory` raise.
     """
-    start = time.perf_counter()
-    out = Path(out)
+    start, out, budget = time.perf_counter(), Path(out), packing_budget(ram)
     source = open_source(src, offline=offline, progress=progress)
     asked = choose(recipe, experts, dense, low)
     text = read_text(source, calibrate, calibrate_tokens)
     if target is not None:
-        asked = fit(source, asked, target, text, Way(out, not dry_run, ram, progress or _silent))
+        asked = fit(source, asked, target, text, Way(out, not dry_run, budget, progress or _silent))
     elif experts is None and recipe is None and calibrate is None:
         asked = keeping(source, build(source.config), asked)
     inventory = take_inventory(source, asked)
@@ -149,7 +150,7 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     if not dry_run:
         job = _Job(source, inventory, out, progress or _silent, calibration)
         try:
-            state = job.run(ram)
+            state = job.run(budget)
         except OSError as problem:
             raise StoreError(
                 f"{out} cannot be written: {problem}", fix="check the disk"
@@ -210,14 +211,14 @@ class _Job:
         self.done_bytes = 0
         self.workers = 1
 
-    def run(self, ram: str | int | None) -> _State:
+    def run(self, budget: int) -> _State:
         state = self._existing()
         if state.finished:
             return state
         self.files, self.entries = dict(state.kept), dict(state.entries)
-        self.workers = workers(self.inventory, self.source, ram)
+        self.workers = workers(self.inventory, self.source, budget)
         if self.calibration is not None:
-            self.calibration.fit(ram, self.entries)
+            self.calibration.fit(budget, self.entries)
         self._check_disk(state)
         self.out.mkdir(parents=True, exist_ok=True)
         with locked(self.out):

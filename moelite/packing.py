@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from moelite.arch import MoE, TensorRef
 from moelite.checkpoint import Source, read
@@ -25,7 +24,7 @@ from moelite.quant.base import F32, TILE_ROWS, U8, QuantFormat
 from moelite.quant.record import join, pack_gate_up
 from moelite.storefile import packed_bytes
 from moelite.tensorfile import pwrite_all
-from moelite.units import MIB, parse_bytes, show_bytes
+from moelite.units import MIB, show_bytes
 
 TEMPORARY = ".part"  # ends the name of a file that is not complete
 _CHUNK_BYTES = 4 * MIB  # float32 rows packed at once
@@ -140,12 +139,9 @@ def _held_bytes(source: Source, ref: TensorRef) -> int:
     return 2 * 4 * math.prod(shape[1:] if ref.stacked else shape)
 
 
-def workers(inventory: Inventory, source: Source, ram: str | int | None) -> int:
+def workers(inventory: Inventory, source: Source, budget: int) -> int:
     """Packing threads that the budget permits. Raises BudgetError when it permits none."""
     wanted = min(2, os.cpu_count() or 1)
-    if ram is None:
-        return wanted
-    budget = parse_bytes(ram, total=psutil.virtual_memory().total)
     for name in inventory.formats:
         FORMATS[name].pack(np.ones((TILE_ROWS, 64), np.float32))  # compiles: it counts below
     refs = [item.ref for item in inventory.items.values()]

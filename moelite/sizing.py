@@ -14,10 +14,11 @@ from moelite.errors import UsageError
 from moelite.inventory import dense_items, plan_layers
 from moelite.machine import memory
 from moelite.models import build
+from moelite.process import rss_bytes
 from moelite.recipe import Recipe, check_layers, choose
 from moelite.storefile import FileEntry, LayerEntry, Manifest
 from moelite.threads import default_threads
-from moelite.units import parse_bytes
+from moelite.units import GIB, parse_bytes
 
 DEFAULT_CONTEXT = 4096
 
@@ -39,6 +40,11 @@ def budget_of(ram: str | int | None) -> int:
     if ram is None:
         return machine.available_bytes * 4 // 5
     return parse_bytes(ram, total=machine.limit_bytes)
+
+
+def packing_budget(ram: str | int | None) -> int:
+    """Bytes named by `ram`; without it, 2 GiB more than this process holds already."""
+    return rss_bytes() + 2 * GIB if ram is None else budget_of(ram)
 
 
 def threads_of(threads: int | None) -> int:

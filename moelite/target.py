@@ -33,12 +33,12 @@ class Target(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a target is met. out: the store's folder; write: whether it is to be written; ram: as
-    `quantize` takes it."""
+    """How a target is met. out: the store's folder; write: whether it is to be written; budget:
+    bytes of memory to use at most."""
 
     out: Path
     write: bool
-    ram: str | int | None
+    budget: int
     progress: Progress
 
 
@@ -46,7 +46,7 @@ def fit(source: Source, base: Recipe, target: Target, text: Text | None, way: Wa
     """`base` with formats of experts chosen for a target; those of the folder, if it has them.
 
     Raises StoreError for a folder that holds something else, before anything is measured, and
-    BudgetError if measuring takes more than `ram`.
+    BudgetError if measuring takes more than the budget.
     """
     arch = build(source.config)
     _check(target)
@@ -64,7 +64,7 @@ def fit(source: Source, base: Recipe, target: Target, text: Text | None, way: Wa
     others = sum(map(len, source.files.values())) + _HEADERS * (1 + len(inventory.layers))
     others += sum(c.bytes_after for c in inventory.classes if c.name != ROUTED)
     room, spill = experts_room(size, others), None
-    if text is not None and must_spill(arch, text, target.formats, way.ram):
+    if text is not None and must_spill(arch, text, target.formats, way.budget):
         spill = next(p for p in way.out.absolute().parents if p.is_dir())
     units = measure(source, arch, text, target.formats, way.progress, spill)
     return solve(units, base, room)

@@ -47,7 +47,7 @@ def source() -> demo.DemoCheckpoint:
 @pytest.fixture(scope="session")
 def store(source: demo.DemoCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("builtin") / "int4"
-    moelite.quantize(source, out, ram=None)  # this process holds whatever other tests left
+    moelite.quantize(source, out)
     return out
 
 

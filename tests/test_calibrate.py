@@ -77,7 +77,7 @@ def test_the_residual_is_the_models_own(model_type: str, variant: str, tmp_path:
     """Nothing quantized, the residual behind the last experts is what float64 has there."""
     pytest.importorskip("torch", reason="tiny models are made with torch")
     tiny_models.write_checkpoint(model_type, variant, tmp_path / "model")
-    quantize(tmp_path / "model", tmp_path / "store", experts="f32", dense="f32", ram=None)
+    quantize(tmp_path / "model", tmp_path / "store", experts="f32", dense="f32")
     ids = [tiny_models.prompt(model_type, variant, n) for n in (40, 23)]
     text = Text(tuple(map(tuple, ids)))
     walk, arch = calibrated(tmp_path / "model", tmp_path / "store", text, Spy())
@@ -129,7 +129,7 @@ class Recorder(Reference):
 def test_an_expert_is_told_what_its_tokens_say(tmp_path: Path) -> None:
     """H of both its inputs, each token by (routing weight)^2 / mean(residual^2), in float64."""
     tensors = write_checkpoint(tmp_path / "model", QWEN3_MOE)
-    quantize(tmp_path / "model", tmp_path / "store", dense="f32", ram=None)
+    quantize(tmp_path / "model", tmp_path / "store", dense="f32")
     text, spy = cut(np.random.default_rng(5).integers(0, 101, 150).tolist(), 50), Spy()
     _, arch = calibrated(tmp_path / "model", tmp_path / "store", text, spy)
     recorder = Recorder(arch, tensors)
@@ -209,7 +209,7 @@ def test_an_expert_that_no_token_reached_is_packed_all_the_same(tmp_path: Path) 
         tensors[f"model.layers.{layer}.post_attention_layernorm.weight"][:] = 1
     write_checkpoint(tmp_path / "model", MIXTRAL, tensors)
     ids = np.random.default_rng(1).integers(0, 100, 900).tolist()
-    report = quantize(tmp_path / "model", tmp_path / "store", ram=None, calibrate=ids)
+    report = quantize(tmp_path / "model", tmp_path / "store", calibrate=ids)
     found = {(r.layer, r.expert): r.tokens for r in report.rare}
     assert found[0, 2] == 0
     assert len([key for key in found if key[0] == 0]) < 4, "some expert saw many"
@@ -225,7 +225,7 @@ def test_text_is_cut_into_sequences() -> None:
 
 def test_the_spilled_stream_holds_the_same_rows(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", MIXTRAL)
-    quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    quantize(tmp_path / "model", tmp_path / "store")
     text = cut(np.random.default_rng(7).integers(0, 100, 130).tolist(), 40)
     (tmp_path / "spill").mkdir()
     held, _ = calibrated(tmp_path / "model", tmp_path / "store", text, Spy())
@@ -237,7 +237,7 @@ def test_the_spilled_stream_holds_the_same_rows(tmp_path: Path) -> None:
 
 def test_experts_come_in_their_order(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", MIXTRAL)
-    quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    quantize(tmp_path / "model", tmp_path / "store")
     source = open_checkpoint(tmp_path / "model")
     weights = DenseWeights(
         tmp_path / "store" / DENSE, Store.open(tmp_path / "store").manifest.tensors

@@ -40,8 +40,8 @@ def model(tmp_path: Path) -> Path:
 def test_calibrated_experts_answer_nearer(tmp_path: Path) -> None:
     """Of layer 0, whose inputs both stores share: by the inputs that the model really has."""
     tensors = write_checkpoint(tmp_path / "model", MIXTRAL)
-    quantize(tmp_path / "model", tmp_path / "plain", dense="f32", ram=None)
-    quantize(tmp_path / "model", tmp_path / "fed", dense="f32", ram=None, calibrate=IDS)
+    quantize(tmp_path / "model", tmp_path / "plain", dense="f32")
+    quantize(tmp_path / "model", tmp_path / "fed", dense="f32", calibrate=IDS)
     rng = np.random.default_rng(0)
     x = tensors["model.embed_tokens.weight"][rng.integers(0, 100, 500)].astype(np.float64)
     x /= np.sqrt(np.mean(x * x, -1, keepdims=True))
@@ -75,12 +75,12 @@ def test_interrupted_after_a_layer_it_ends_in_the_same_bytes(
     tmp_path: Path, checkpoint: dict[str, Any]
 ) -> None:
     write_checkpoint(tmp_path / "model", checkpoint)
-    whole = quantize(tmp_path / "model", tmp_path / "whole", ram=None, calibrate=IDS)
+    whole = quantize(tmp_path / "model", tmp_path / "whole", calibrate=IDS)
     out = tmp_path / "store"
     with pytest.raises(KeyboardInterrupt):
-        quantize(tmp_path / "model", out, ram=None, calibrate=IDS, progress=Interrupt(0))
+        quantize(tmp_path / "model", out, calibrate=IDS, progress=Interrupt(0))
     first = (out / "experts-00000.safetensors").stat().st_mtime_ns
-    report = quantize(tmp_path / "model", out, ram=None, calibrate=IDS)
+    report = quantize(tmp_path / "model", out, calibrate=IDS)
     assert (out / "experts-00000.safetensors").stat().st_mtime_ns == first
     assert contents(out) == contents(tmp_path / "whole")
     assert report.rare == whole.rare
@@ -89,16 +89,16 @@ def test_interrupted_after_a_layer_it_ends_in_the_same_bytes(
 def test_a_file_instead_of_memory_gives_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize(model, tmp_path / "held", ram=None, calibrate=IDS)
+    quantize(model, tmp_path / "held", calibrate=IDS)
     monkeypatch.setattr(calibration, "must_spill", lambda *_: True)
-    quantize(model, tmp_path / "spilled", ram=None, calibrate=IDS)
+    quantize(model, tmp_path / "spilled", calibrate=IDS)
     assert contents(tmp_path / "spilled") == contents(tmp_path / "held")
 
 
 def test_without_a_text_it_is_as_ever(model: Path, tmp_path: Path) -> None:
-    quantize(model, tmp_path / "plain", ram=None)
+    quantize(model, tmp_path / "plain")
     assert b"calibration" not in (tmp_path / "plain" / "moelite.json").read_bytes()
-    quantize(model, tmp_path / "fed", ram=None, calibrate=IDS)
+    quantize(model, tmp_path / "fed", calibrate=IDS)
     name = "experts-00000.safetensors"
     assert contents(tmp_path / "plain")[name] != contents(tmp_path / "fed")[name]
     for file in ("dense.safetensors", "config.json"):
@@ -109,16 +109,16 @@ def test_without_a_text_it_is_as_ever(model: Path, tmp_path: Path) -> None:
 def test_another_text_is_another_store(model: Path, tmp_path: Path, finished: bool) -> None:
     out = tmp_path / "store"
     if finished:
-        quantize(model, out, ram=None, calibrate=IDS)
+        quantize(model, out, calibrate=IDS)
     else:
         with pytest.raises(KeyboardInterrupt):
-            quantize(model, out, ram=None, calibrate=IDS, progress=Interrupt(0))
+            quantize(model, out, calibrate=IDS, progress=Interrupt(0))
     before = contents(out)
     for other in (None, IDS[1:]):
         with pytest.raises(StoreError, match=r"is the store of .* calibrated by"):
-            quantize(model, out, ram=None, calibrate=other)
+            quantize(model, out, calibrate=other)
     assert contents(out) == before
-    assert quantize(model, out, ram=None, calibrate=IDS).reused == finished
+    assert quantize(model, out, calibrate=IDS).reused == finished
 
 
 def test_texts_that_are_none(model: Path, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_the_command_reads_the_text_with_the_models_tokenizer(
     arguments = ["--calibrate", str(tmp_path / "text.txt"), "--calibrate-tokens", "600"]
     assert main.exit_code(["quantize", str(model), str(tmp_path / "text"), *arguments]) == 0
     assert "experts that few tokens of the text reached: layer" in capsys.readouterr().out
-    quantize(model, tmp_path / "ids", ram=None, calibrate=IDS, calibrate_tokens=600)
+    quantize(model, tmp_path / "ids", calibrate=IDS, calibrate_tokens=600)
     text, ids = contents(tmp_path / "text"), contents(tmp_path / "ids")
     told = [json.loads(files.pop("moelite.json"))["calibration"] for files in (text, ids)]
     assert text == ids
@@ -157,7 +157,7 @@ def test_nan_is_named(tmp_path: Path) -> None:
     tensors[name][5, 5] = np.nan
     write_checkpoint(tmp_path / "model", MIXTRAL, tensors)
     with pytest.raises(QuantizationError, match=name.replace(".", r"\.")):
-        quantize(tmp_path / "model", tmp_path / "store", ram=None, calibrate=IDS)
+        quantize(tmp_path / "model", tmp_path / "store", calibrate=IDS)
     assert not list((tmp_path / "store").glob("*.part"))
 
 

@@ -112,7 +112,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("forecast")
     tiny_checkpoint.write_checkpoint(folder / "checkpoint", tiny_checkpoint.QWEN3_MOE)
-    quantize(folder / "checkpoint", folder / "store", ram="2GiB")
+    quantize(folder / "checkpoint", folder / "store")
     return folder / "store"
 
 

@@ -60,7 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_report_adds_up(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path / "model", QWEN3_MOE, dtype="BF16")
-    report = quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    report = quantize(tmp_path / "model", tmp_path / "store")
     rows = {row.name: row for row in report.classes}
     assert set(rows) == {
         "routed experts",
@@ -92,10 +92,10 @@ def test_the_same_bytes_from_shards_threads_and_chunks(
 ) -> None:
     tensors = write_checkpoint(tmp_path / "a" / "model", MIXTRAL)
     write_checkpoint(tmp_path / "b" / "model", MIXTRAL, tensors, shards=3)
-    quantize(tmp_path / "a" / "model", tmp_path / "a" / "store", ram=None)
+    quantize(tmp_path / "a" / "model", tmp_path / "a" / "store")
     monkeypatch.setattr(packing, "_CHUNK_BYTES", 1)  # one tile at a time
     monkeypatch.setattr(convert, "workers", lambda *_: 1)
-    quantize(tmp_path / "b" / "model", tmp_path / "b" / "store", ram=None)
+    quantize(tmp_path / "b" / "model", tmp_path / "b" / "store")
     assert contents(tmp_path / "a" / "store") == contents(tmp_path / "b" / "store")
 
 
@@ -106,13 +106,13 @@ def test_unused_tensors_are_listed_and_needed_ones_are_not_skipped(tmp_path: Pat
         "model.rotary.inv_freq": np.ones(8, np.float32),
     }
     write_checkpoint(tmp_path / "model", MIXTRAL, tensors | extra)
-    report = quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    report = quantize(tmp_path / "model", tmp_path / "store")
     assert report.ignored == tuple(sorted(extra))
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     del tensors[name]
     write_checkpoint(tmp_path / "other", MIXTRAL, tensors)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        quantize(tmp_path / "other", tmp_path / "none", ram=None)
+        quantize(tmp_path / "other", tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
 
@@ -131,7 +131,7 @@ def test_nan_is_named(tmp_path: Path) -> None:
     tensors[name][5, 5] = np.nan
     write_checkpoint(tmp_path / "model", MIXTRAL, tensors)
     with pytest.raises(QuantizationError, match=name.replace(".", r"\.")):
-        quantize(tmp_path / "model", tmp_path / "store", ram=None)
+        quantize(tmp_path / "model", tmp_path / "store")
     assert not list((tmp_path / "store").glob("*.part"))
 
 
@@ -139,12 +139,12 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     report = quantize(model, tmp_path / "store", dry_run=True)
     assert report.dry_run
     assert not (tmp_path / "store").exists()
-    assert quantize(model, tmp_path / "store", ram=None).classes == report.classes
+    assert quantize(model, tmp_path / "store").classes == report.classes
 
 
 def test_progress_ends_at_the_total(model: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    report = quantize(model, tmp_path / "store", ram=None, progress=lambda *now: seen.append(now))
+    report = quantize(model, tmp_path / "store", progress=lambda *now: seen.append(now))
     done = [now[0] for now in seen]
     assert done == sorted(done)
     assert seen[-1][:2] == (report.bytes_before, report.bytes_before)
@@ -177,7 +177,7 @@ def killed(model: Path, out: Path, when: str) -> None:
 
 def test_kill_and_go_on(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", BIG, dtype="BF16")
-    quantize(tmp_path / "model", tmp_path / "whole", ram=None)
+    quantize(tmp_path / "model", tmp_path / "whole")
     out = tmp_path / "store"
     done = set()
     for when in ("dense.safetensors.part", "experts-00001.safetensors.part", "experts-00003*.part"):
@@ -188,7 +188,7 @@ def test_kill_and_go_on(tmp_path: Path) -> None:
         done = found
     assert done, "no layer was finished before a kill"
     before = {name: (out / name).stat().st_mtime_ns for name in done}
-    report = quantize(tmp_path / "model", out, ram=None)
+    report = quantize(tmp_path / "model", out)
     assert contents(out) == contents(tmp_path / "whole")
     journalled = [n for n in done if (out / n).stat().st_mtime_ns == before[n]]
     assert len(journalled) == report.resumed - 1 > 0  # and dense.safetensors
@@ -208,43 +208,43 @@ class Interrupt:
 
 @pytest.mark.parametrize("after", [1, 24, 25, 27, 30, 33, 38, 39])
 def test_interrupts_leave_it_ready_to_go_on(model: Path, tmp_path: Path, after: int) -> None:
-    quantize(model, tmp_path / "whole", ram=None)
+    quantize(model, tmp_path / "whole")
     out = tmp_path / "store"
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, out, ram=None, progress=Interrupt(after))
+        quantize(model, out, progress=Interrupt(after))
     assert not list(out.glob("*.part"))
     with pytest.raises(StoreError, match="unfinished"):
         Store.open(out)
-    quantize(model, out, ram=None)
+    quantize(model, out)
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_finished_store_is_left_alone(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    assert not quantize(model, out, ram=None).reused
+    assert not quantize(model, out).reused
     before = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
-    assert quantize(model, out, ram=None).reused
+    assert quantize(model, out).reused
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
 def test_a_deleted_file_is_made_again(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    quantize(model, out, ram=None)
+    quantize(model, out)
     before = contents(out)
     (out / "experts-00001.safetensors").unlink()
     os.truncate(out / "tokenizer.json", 3)
-    report = quantize(model, out, ram=None)
+    report = quantize(model, out)
     assert not report.reused
     assert contents(out) == before
 
 
 def test_a_file_the_journal_does_not_know_is_made_again(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
-    quantize(model, tmp_path / "whole", ram=None)
+    quantize(model, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        quantize(model, out, ram=None, progress=Interrupt(30))
+        quantize(model, out, progress=Interrupt(30))
     (out / "experts-00002.safetensors").write_bytes(b"left by something else")
-    quantize(model, out, ram=None)
+    quantize(model, out)
     assert contents(out) == contents(tmp_path / "whole")
 
 
@@ -255,30 +255,30 @@ def test_a_foreign_folder(model: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_text("meow")
     with pytest.raises(StoreError, match=r"not a store: it holds cat\.jpg"):
-        quantize(model, tmp_path / "photos", ram=None)
+        quantize(model, tmp_path / "photos")
     assert contents(tmp_path / "photos") == {"cat.jpg": b"meow"}
     with pytest.raises(StoreError, match="is a file"):
-        quantize(model, tmp_path / "photos" / "cat.jpg", ram=None)
+        quantize(model, tmp_path / "photos" / "cat.jpg")
     with pytest.raises(StoreError, match="not a store"):
-        quantize(model, model, ram=None)
+        quantize(model, model)
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_another_recipe_or_source(model: Path, tmp_path: Path, finished: bool) -> None:
     out = tmp_path / "store"
     if finished:
-        quantize(model, out, ram=None)
+        quantize(model, out)
     else:
         with pytest.raises(KeyboardInterrupt):
-            quantize(model, out, ram=None, progress=Interrupt(30))
+            quantize(model, out, progress=Interrupt(30))
     before = contents(out)
     with pytest.raises(StoreError, match=r"experts int4, dense int8; asked for .*experts int8"):
-        quantize(model, out, experts="int8", ram=None)
+        quantize(model, out, experts="int8")
     with pytest.raises(StoreError, match=r"dense int8; asked for .*dense bf16"):
-        quantize(model, out, dense="bf16", ram=None)
+        quantize(model, out, dense="bf16")
     write_checkpoint(tmp_path / "b" / "model", MIXTRAL, seed=1)
     with pytest.raises(StoreError, match="the same name, other weights"):
-        quantize(tmp_path / "b" / "model", out, ram=None)
+        quantize(tmp_path / "b" / "model", out)
     assert contents(out) == before
 
 
@@ -288,15 +288,15 @@ def test_a_store_of_another_version(model: Path, tmp_path: Path) -> None:
     for name in ("moelite.partial.json", "moelite.json"):
         (out / name).write_text(json.dumps({"store_version": 4}))
         with pytest.raises(StoreError, match="version 4; this moelite reads version 3"):
-            quantize(model, out, ram=None)
+            quantize(model, out)
 
 
 def test_two_writers(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "store"
     out.mkdir()
     with packing.locked(out), pytest.raises(StoreError, match="another quantize"):
-        quantize(model, out, ram=None)
-    quantize(model, out, ram=None)
+        quantize(model, out)
+    quantize(model, out)
 
 
 def test_a_full_disk_is_told_beforehand(
@@ -305,7 +305,7 @@ def test_a_full_disk_is_told_beforehand(
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(MoeliteError, match="1000 B are free"):
-        quantize(model, tmp_path / "a" / "b", ram=None)
+        quantize(model, tmp_path / "a" / "b")
     assert not (tmp_path / "a").exists()
 
 
@@ -324,7 +324,7 @@ def test_unreadable_dtypes_are_refused_before_any_work(tmp_path: Path) -> None:
     raw = {n: ("F8_E4M3", t.shape, bytes(t.size)) for n, t in tensors.items()}
     write_raw(tmp_path / "model" / "model.safetensors", raw)
     with pytest.raises(UnsupportedError, match="F8_E4M3"):
-        quantize(tmp_path / "model", tmp_path / "store", ram=None)
+        quantize(tmp_path / "model", tmp_path / "store")
 
 
 # --- memory ---
@@ -372,7 +372,7 @@ def test_peak_memory_stays_below_the_budget(tmp_path: Path) -> None:
 
 def test_read_config(model: Path, tmp_path: Path) -> None:
     assert read_config(model) == (MIXTRAL, 18, None)
-    quantize(model, tmp_path / "store", ram=None)
+    quantize(model, tmp_path / "store")
     found = read_config(tmp_path / "store")
     assert found[:2] == (MIXTRAL, 18)
     assert (found.manifest.experts, found.manifest.dense) == ("int4", "int8")

@@ -23,7 +23,7 @@ def test_numbers_stay_as_they_came(tmp_path: Path, method: str) -> None:
     tensors = write_encoded(tmp_path / "model", method)
     source = open_folder(tmp_path / "model")
     arch = build(source.config)
-    moelite.quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    moelite.quantize(tmp_path / "model", tmp_path / "store")
     found, kept = stored_weights(tmp_path / "store", arch), 0
     for name, want in tensors.items():
         codes = coded(source, TensorRef(name=name), 0, 8)
@@ -44,11 +44,11 @@ def test_numbers_stay_as_they_came(tmp_path: Path, method: str) -> None:
 def test_a_format_that_was_asked_for_wins(tmp_path: Path) -> None:
     method = next(m for m in ENCODERS if "mxfp4" in m)
     write_encoded(tmp_path / "model", method)
-    moelite.quantize(tmp_path / "model", tmp_path / "a", experts="int8", ram=None)
+    moelite.quantize(tmp_path / "model", tmp_path / "a", experts="int8")
     assert Store.open(tmp_path / "a").expert_format == "int8"
     # and a second run, into another folder, is the same store
-    moelite.quantize(tmp_path / "model", tmp_path / "b", ram=None)
-    moelite.quantize(tmp_path / "model", tmp_path / "c", ram=None)
+    moelite.quantize(tmp_path / "model", tmp_path / "b")
+    moelite.quantize(tmp_path / "model", tmp_path / "c")
     for path in (tmp_path / "b").iterdir():
         assert path.read_bytes() == (tmp_path / "c" / path.name).read_bytes()
     shutil.rmtree(tmp_path / "c")

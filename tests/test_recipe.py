@@ -110,9 +110,7 @@ def test_a_rule_beyond_the_model_is_refused(tmp_path: Path) -> None:
         Rule(part="down", format="int8", experts=frozenset({4})),
     ):
         with pytest.raises(UsageError, match="a rule names"):
-            moelite.quantize(
-                tmp_path / "model", tmp_path / "store", recipe=Recipe(rules=(rule,)), ram=None
-            )
+            moelite.quantize(tmp_path / "model", tmp_path / "store", recipe=Recipe(rules=(rule,)))
 
 
 @pytest.fixture(scope="module", params=[MIXTRAL, QWEN3_MOE], ids=lambda c: c["model_type"])
@@ -120,7 +118,7 @@ def mixed(request: pytest.FixtureRequest, recipe: Path, tmp_path_factory) -> Pat
     folder = tmp_path_factory.mktemp("mixed")
     write_checkpoint(folder / "model", request.param)
     (folder / "model" / "tokenizer.json").unlink()
-    moelite.quantize(folder / "model", folder / "store", recipe=str(recipe), low="int4", ram=None)
+    moelite.quantize(folder / "model", folder / "store", recipe=str(recipe), low="int4")
     return folder / "store"
 
 
@@ -191,7 +189,7 @@ def test_mixed_formats_give_the_logits_of_their_numbers(tmp_path: Path, recipe: 
             Rule(part="gate_up", format="int8", layers=frozenset({2}), experts=frozenset({3})),
         ),
     )
-    moelite.quantize(tmp_path / "model", tmp_path / "mix", recipe=exact, ram=None)
+    moelite.quantize(tmp_path / "model", tmp_path / "mix", recipe=exact)
     arch = build(MIXTRAL)
     want = Reference(arch, stored_weights(tmp_path / "mix", arch)).forward(IDS)
     with moelite.load(tmp_path / "mix", ram="1GiB", context=64, kv="f32") as model:
@@ -227,7 +225,7 @@ def test_low_with_all_in_memory_gives_the_same_tokens(mixed: Path) -> None:
 
 def test_a_store_without_a_low_plane_says_so(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model", MIXTRAL)
-    moelite.quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    moelite.quantize(tmp_path / "model", tmp_path / "store")
     with pytest.raises(UsageError, match="no low plane"):
         moelite.load(tmp_path / "store", on_miss="low")
     with pytest.raises(UsageError, match="no low plane"):
@@ -292,7 +290,7 @@ def sized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sized")
     write_checkpoint(folder / "model", MIXTRAL)
     (folder / "model" / "tokenizer.json").unlink()
-    report = moelite.quantize(folder / "model", folder / "store", recipe=QMOE, ram=None)
+    report = moelite.quantize(folder / "model", folder / "store", recipe=QMOE)
     rows = {(row.name, row.format): row.bytes_after for row in report.classes}
     entries = Store.open(folder / "store").layers.values()
     routed = sum(size for (name, _), size in rows.items() if name == "routed experts")
@@ -327,8 +325,8 @@ def test_an_interrupted_run_of_such_a_store_gives_the_same_bytes(
 
     model = sized.parent / "model"
     with pytest.raises(KeyboardInterrupt):
-        moelite.quantize(model, tmp_path / "store", recipe=QMOE, ram=None, progress=Stop())
-    report = moelite.quantize(model, tmp_path / "store", recipe=QMOE, ram=None)
+        moelite.quantize(model, tmp_path / "store", recipe=QMOE, progress=Stop())
+    report = moelite.quantize(model, tmp_path / "store", recipe=QMOE)
     assert report.resumed
     for path in sized.iterdir():
         assert path.read_bytes() == (tmp_path / "store" / path.name).read_bytes(), path.name

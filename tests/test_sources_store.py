@@ -63,8 +63,8 @@ def test_a_store_of_the_decoded_weights(tmp_path: Path, method: str) -> None:
     a, b = tmp_path / "encoded", tmp_path / "plain"
     write_checkpoint(b, MIXTRAL, write_encoded(a, method))
     add_tokenizer(a, b)
-    report = moelite.quantize(a, tmp_path / "a", experts="f32", dense="f32", ram=None)
-    moelite.quantize(b, tmp_path / "b", experts="f32", dense="f32", ram=None)
+    report = moelite.quantize(a, tmp_path / "a", experts="f32", dense="f32")
+    moelite.quantize(b, tmp_path / "b", experts="f32", dense="f32")
     files = sorted(p.name for p in (tmp_path / "b").glob("*.safetensors"))
     assert len(files) == 4
     for name in files:
@@ -106,8 +106,8 @@ def test_bytes_of_a_part_of_a_tensor(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """The fingerprint samples decoded rows: other weights of the same shapes are refused."""
     write_encoded(tmp_path / "m", "awq")
-    moelite.quantize(tmp_path / "m", tmp_path / "s", ram=None)
-    assert moelite.quantize(tmp_path / "m", tmp_path / "s", ram=None).reused
+    moelite.quantize(tmp_path / "m", tmp_path / "s")
+    assert moelite.quantize(tmp_path / "m", tmp_path / "s").reused
     path = tmp_path / "m" / "model.safetensors"
     data = bytearray(path.read_bytes())
     size = 8 + int.from_bytes(data[:8], "little")
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
             data[size + entry["data_offsets"][0]] ^= 1
     path.write_bytes(bytes(data))
     with pytest.raises(moelite.errors.StoreError, match="other weights"):
-        moelite.quantize(tmp_path / "m", tmp_path / "s", ram=None)
+        moelite.quantize(tmp_path / "m", tmp_path / "s")
 
 
 def test_codes_of_a_source(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ HEAD = "lm_head.weight"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_checkpoint(tmp_path / "model", MIXTRAL)
-    quantize(tmp_path / "model", tmp_path / "store", ram=None)
+    quantize(tmp_path / "model", tmp_path / "store")
     return tmp_path / "store"
 
 
@@ -109,7 +109,7 @@ def test_the_safetensors_library_opens_every_file(folder: Path) -> None:
 @pytest.mark.parametrize("config", [MIXTRAL, QWEN3_MOE], ids=lambda c: c["model_type"])
 def test_dense_tensors(tmp_path: Path, config: dict[str, Any], dense: str) -> None:
     tensors = write_checkpoint(tmp_path / "model", config)
-    quantize(tmp_path / "model", tmp_path / "store", dense=dense, experts="f32", ram=None)
+    quantize(tmp_path / "model", tmp_path / "store", dense=dense, experts="f32")
     store = Store.open(tmp_path / "store")
     assert (store.expert_format, store.dense_format) == ("f32", dense)
     assert store.config == config

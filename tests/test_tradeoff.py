@@ -129,9 +129,7 @@ def test_experts_hardly_used_get_less() -> None:
 
 @pytest.mark.parametrize("target", [Target(bpw=6.0, formats=SMALL), Target(200_000, formats=SMALL)])
 def test_a_store_fits_its_target(model: Path, tmp_path: Path, target: Target) -> None:
-    report = moelite.quantize(
-        model, tmp_path / "s", dense="int4", ram=None, target=target, calibrate=IDS
-    )
+    report = moelite.quantize(model, tmp_path / "s", dense="int4", target=target, calibrate=IDS)
     size = sum(p.stat().st_size for p in (tmp_path / "s").iterdir())
     params = sum(row.params for row in report.classes)
     most = target.size or target.bpw * params / 8
@@ -139,9 +137,7 @@ def test_a_store_fits_its_target(model: Path, tmp_path: Path, target: Target) ->
     assert report.recipe["target"]
     # an unfinished one goes on with the recipe that it began with, measured once
     (tmp_path / "s" / "moelite.json").rename(tmp_path / "s" / "moelite.partial.json")
-    again = moelite.quantize(
-        model, tmp_path / "s", dense="int4", ram=None, target=target, calibrate=IDS
-    )
+    again = moelite.quantize(model, tmp_path / "s", dense="int4", target=target, calibrate=IDS)
     assert again.recipe == report.recipe
     with moelite.load(tmp_path / "s", ram="1GiB", context=64) as loaded:
         assert np.isfinite(loaded.forward(IDS[:20])).all()
@@ -155,7 +151,7 @@ def test_targets_that_cannot_be(model: Path, tmp_path: Path) -> None:
         (Target(bpw=2.0, formats=("qmoe",)), "no format to choose from"),
     ):
         with pytest.raises(UsageError, match=words):
-            moelite.quantize(model, tmp_path / "x", ram=None, target=target)
+            moelite.quantize(model, tmp_path / "x", target=target)
     assert not (tmp_path / "x").exists()
 
 
@@ -169,7 +165,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_measured(
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "mine.txt").write_text("x")
     with pytest.raises(StoreError, match="not empty"):
-        moelite.quantize(model, tmp_path / "s", ram=None, target=Target(bpw=12.0))
+        moelite.quantize(model, tmp_path / "s", target=Target(bpw=12.0))
     options = {"target": Target(bpw=12.0), "calibrate": IDS}
     with pytest.raises(BudgetError, match="calibration takes at least"):
         moelite.quantize(model, tmp_path / "t", ram="100MiB", **options)

@@ -1,0 +1,320 @@
+"""The upper tier: experts in a device's memory, taken from the cache in memory below it.
+
+The same policy as below, LayerLRU, sees all lookups; the cache below sees those that missed here.
+Which experts are handed out, copied and dropped follows from the lookups alone, so an offline
+replay gives the counts of both tiers (`replay_tiers`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from moelite.cache.loader import ExpertCache
+from moelite.cache.lru import LayerLRU
+from moelite.cache.stats import CacheStats
+from moelite.quant.base import PAGE
+from moelite.store import ExpertKey
+
+
+class Arrival(Protocol):
+    """A copy that was started; see moelite.gpu.device."""
+
+    def gate(self) -> None: ...
+    def landed(self) -> bool: ...
+    def wait(self) -> None: ...
+
+
+Send = Callable[[int, int, int], Arrival]  # (layer, slot below, slot here) -> a copy under way
+
+
+class Split(NamedTuple):
+    """How many of a layer's misses are copied; the rest are computed where they are.
+
+    copy_s: to copy one expert; host_s: to compute one on the CPU; fixed_s: to hand a token over to
+    it and its result back. Both sides run at once.
+    """
+
+    copy_s: float
+    host_s: float
+    fixed_s: float
+
+    def copied(self, misses: int) -> int:
+        """The number that ends soonest; on a tie the larger, which fills the cache."""
+
+        def seconds(n: int) -> float:
+            host = self.fixed_s + (misses - n) * self.host_s if n < misses else 0.0
+            return max(n * self.copy_s, host)
+
+        return min(range(misses, -1, -1), key=seconds)
+
+
+ALL_COPIED = Split(0.0, float("inf"), 0.0)
+NONE_COPIED = Split(float("inf"), 0.0, 0.0)
+
+
+class Decision(NamedTuple):
+    """What one lookup means: each needed expert once. host: computed where they are."""
+
+    hits: list[int]
+    copied: list[int]
+    host: list[int]
+    evicted: list[int]
+
+
+def decide(lru: LayerLRU, experts: Sequence[int], split: Split) -> Decision:
+    """Looks up `experts`, in the router's order; what is computed on the host does not enter.
+
+    As long as the layer is not full, what misses is copied.
+    """
+    once = list(dict.fromkeys(experts))
+    misses = [e for e in once if e not in lru]
+    room = min(len(misses), lru.capacity - len(lru.resident))
+    copied = misses[: max(room, split.copied(len(misses)))]
+    host = set(misses[len(copied) :])
+    found = lru.lookup([e for e in once if e not in host])
+    return Decision(found.hits, found.misses, misses[len(copied) :], found.evicted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Experts that can be computed now: on the device in these slots, or on the host."""
+
+    experts: list[tuple[int, int]]
+    host: bool = False
+
+
+class UpperCache:
+    """Routed experts of all layers in slots of a device's memory.
+
+    below: the cache in memory. Slots are named, as there, by the page where they begin; slots,
+    sizes and quotas: as of ExpertCache. send: starts a copy. experts: of each layer.
+
+    One thread at a time, the one that uses `below`.
+    """
+
+    def __init__(
+        self,
+        below: ExpertCache,
+        *,
+        slots: Mapping[int, int],
+        quotas: Mapping[int, int],
+        send: Send,
+        split: Split = ALL_COPIED,
+    ) -> None:
+        self.below, self.sizes, self.split = below, below.sizes, split
+        self._send = send
+        self._arrivals: dict[int, Arrival] = {}  # by the slot below that a copy reads from
+        below.before_read = self._left
+        self.divide(slots, quotas)
+        self.reset_stats()
+
+    def divide(self, slots: Mapping[int, int], quotas: Mapping[int, int]) -> None:
+        """Begins anew with these slots, all empty."""
+        self._lru = {layer: LayerLRU(quota) for layer, quota in quotas.items()}
+        self._slot: dict[ExpertKey, int] = {}
+        self._ahead: dict[ExpertKey, tuple[int, Arrival]] = {}
+        self._coming: dict[ExpertKey, Arrival] = {}  # claimed, not handed out yet
+        self._free: dict[int, deque[int]] = {}
+        self._floating: dict[int, int] = {}
+        begin = 0
+        for size, count in slots.items():
+            kept = sum(n for layer, n in quotas.items() if self.sizes[layer] == size)
+            if count <= kept:
+                raise ValueError(f"{count} slots of {size} bytes: one beside {kept} must float")
+            pages = range(begin, begin + count * size // PAGE, size // PAGE)
+            self._free[size], self._floating[size] = deque(pages), count - kept
+            begin = pages.stop
+
+    @property
+    def stats(self) -> CacheStats:
+        """Counts since the start or the last reset; bytes_read: copied to the device."""
+        return CacheStats(
+            hits=self._hits,
+            misses=self._misses,
+            low=self._host,
+            bytes_read=self._bytes,
+            wait_s=self._wait_s,
+            read_s=0.0,
+            useful=self._useful,
+            late=self._late,
+            wasted=self._wasted,
+        )
+
+    def reset_stats(self) -> None:
+        """Count from zero, here alone; what is resident stays."""
+        self._hits = self._misses = self._host = self._bytes = 0
+        self._useful = self._late = self._wasted = 0
+        self._wait_s = 0.0
+
+    def resident(self, layer: int) -> tuple[int, ...]:
+        """Experts of `layer` on the device, the least recently used first."""
+        return self._layer(layer).resident
+
+    def slot_of(self, layer: int, expert: int) -> int:
+        """Where an expert is, or -1."""
+        return self._slot.get(ExpertKey(layer, expert), -1)
+
+    def prefetch(self, layer: int, experts: Iterable[int]) -> None:
+        """Begins to bring experts that `layer` will perhaps need: to the device, or to memory.
+
+        Only into slots that nothing needs now; one stays free.
+        """
+        missing = []
+        for expert in experts:
+            key = ExpertKey(layer, expert)
+            if key in self._slot or key in self._ahead:
+                continue
+            page = self.below.slot_of(layer, expert)
+            if page < 0:
+                missing.append(expert)
+            elif len(self._free[self.sizes[layer]]) > 1:
+                slot = self._free[self.sizes[layer]].popleft()
+                self._ahead[key] = slot, self._start(layer, page, slot)
+        if missing:
+            self.below.prefetch(layer, missing)
+
+    def batches(self, layer: int, experts: Sequence[int], *, one: bool) -> Iterator[Batch]:
+        """Yields every needed expert once: residents first, then what comes up from below.
+
+        one: a single token's, of which some may be left to the host. Computing that follows a batch
+        waits for its copies. A slot holds its expert until the next batch is asked for, or, on a
+        device that computes later, until what was asked for by then is computed. Close the
+        generator to stop early.
+        """
+        lru = self._layer(layer)
+        found = decide(lru, experts, self.split if one else ALL_COPIED)
+        misses = [*found.copied, *found.host]
+        self._hits += len(found.hits)
+        self._misses += len(misses)
+        self._host += len(found.host)
+        evicted = {ExpertKey(layer, e) for e in found.evicted}
+        hits = [ExpertKey(layer, e) for e in found.hits]
+        try:
+            self._release(evicted.difference(hits))
+            for key in [
+                k for k in self._ahead if k.layer == layer and k.expert not in found.copied
+            ]:
+                self._drop(key)
+            if hits:
+                yield Batch(experts=[(key.expert, self._slot[key]) for key in hits])
+                self._release(evicted.intersection(hits))
+            if misses:
+                yield from self._bring(layer, misses, found, one=one)
+        finally:
+            self._coming.clear()
+            self._release(evicted)
+            for expert in found.copied:
+                if ExpertKey(layer, expert) not in self._slot:
+                    lru.discard(expert)
+
+    def close(self) -> None:
+        """Waits for copies that read from memory."""
+        for arrival in self._arrivals.values():
+            arrival.wait()
+        self._arrivals.clear()
+
+    def _bring(
+        self, layer: int, misses: list[int], found: Decision, *, one: bool
+    ) -> Iterator[Batch]:
+        size, host = self.sizes[layer], set(found.host)
+        evicted = {ExpertKey(layer, e) for e in found.evicted}
+        # half of the slots that float are computed while the others are filled
+        most = len(misses) if one else max(1, self._floating[size] // 2)
+        for landed in self.below.batches(layer, misses):
+            group: list[ExpertKey] = []
+            for expert, page in landed:
+                if expert in host:
+                    continue
+                if len(group) >= most or (group and not self._has_free(size)):
+                    yield self._hand_out(group)
+                    self._release(evicted.intersection(group))
+                    group = []
+                key = ExpertKey(layer, expert)
+                self._claim(key, page)
+                group.append(key)
+            if here := [pair for pair in landed if pair[0] in host]:
+                yield Batch(experts=here, host=True)  # while copies are under way
+            if group:
+                yield self._hand_out(group)
+                self._release(evicted.intersection(group))
+
+    def _has_free(self, size: int) -> bool:
+        # a slot that a guess holds is as good as free, but for the last resort
+        return bool(self._free[size]) or any(self.sizes[key.layer] == size for key in self._ahead)
+
+    def _claim(self, key: ExpertKey, page: int) -> None:
+        """Has an expert in a slot, or on its way to it."""
+        ahead = self._ahead.pop(key, None)
+        if ahead is None:
+            size = self.sizes[key.layer]
+            if not self._free[size]:
+                self._drop(next(k for k in self._ahead if self.sizes[k.layer] == size))
+            slot = self._free[size].popleft()
+            self._coming[key] = self._start(key.layer, page, slot)
+        else:
+            slot, self._coming[key] = ahead
+            if self._coming[key].landed():
+                self._useful += 1
+            else:
+                self._late += 1
+        self._slot[key] = slot
+
+    def _hand_out(self, group: list[ExpertKey]) -> Batch:
+        for key in group:
+            self._coming.pop(key).gate()
+        return Batch(experts=[(key.expert, self._slot[key]) for key in group])
+
+    def _start(self, layer: int, page: int, slot: int) -> Arrival:
+        arrival = self._arrivals[page] = self._send(layer, page, slot)
+        self._bytes += self.sizes[layer]
+        return arrival
+
+    def _left(self, page: int) -> None:
+        # a slot below is about to be overwritten: what is copied from it has to be through
+        arrival = self._arrivals.pop(page, None)
+        if arrival is not None:
+            start = time.perf_counter()
+            arrival.wait()
+            self._wait_s += time.perf_counter() - start
+
+    def _layer(self, layer: int) -> LayerLRU:
+        return self._lru.setdefault(layer, LayerLRU(0))
+
+    def _release(self, keys: Iterable[ExpertKey]) -> None:
+        for key in keys:
+            slot = self._slot.pop(key, None)
+            if slot is not None:
+                self._free[self.sizes[key.layer]].append(slot)
+
+    def _drop(self, key: ExpertKey) -> None:
+        # a copy under way goes on; whatever is copied into its slot next comes after it
+        slot, _ = self._ahead.pop(key)
+        self._free[self.sizes[key.layer]].append(slot)
+        self._wasted += 1
+
+
+def replay_tiers(
+    trace: Iterable[tuple[int, Sequence[int]]],
+    upper: Mapping[int, int],
+    below: Mapping[int, int],
+    split: Split = ALL_COPIED,
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(hits, misses) on the device and in memory of a trace of (layer, a token's experts), under
+    quotas {layer: experts kept} of both."""
+    device = {layer: LayerLRU(quota) for layer, quota in upper.items()}
+    memory = {layer: LayerLRU(quota) for layer, quota in below.items()}
+    counts = [0, 0, 0, 0]
+    for layer, experts in trace:
+        found = decide(device[layer], experts, split)
+        missed = [*found.copied, *found.host]
+        counts[0] += len(found.hits)
+        counts[1] += len(missed)
+        if missed:
+            again = memory[layer].lookup(missed)
+            counts[2] += len(again.hits)
+            counts[3] += len(again.misses)
+    return (counts[0], counts[1]), (counts[2], counts[3])
