@@ -17,6 +17,8 @@ class CacheStats:
     low: experts used in few bits because they were not in memory; misses, too.
     useful, late, wasted: reads ahead of need that had landed when they were needed, that were
     still under way, and that were not needed.
+    upper: of the cache in a device's memory, whose misses this one looked up; its bytes_read were
+    copied to the device, its `low` experts computed on the CPU.
     """
 
     hits: int = 0
@@ -28,10 +30,15 @@ class CacheStats:
     useful: int = 0
     late: int = 0
     wasted: int = 0
+    upper: CacheStats | None = None
 
     def __sub__(self, earlier: CacheStats) -> CacheStats:
-        names = [field.name for field in fields(self)]
-        return CacheStats(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
+        names = [field.name for field in fields(self) if field.name != "upper"]
+        less = {name: getattr(self, name) - getattr(earlier, name) for name in names}
+        upper = self.upper
+        if upper is not None and earlier.upper is not None:
+            upper = upper - earlier.upper
+        return CacheStats(**less, upper=upper)
 
     @property
     def hit_rate(self) -> float:

@@ -47,7 +47,7 @@ class Split(NamedTuple):
 
         def seconds(n: int) -> float:
             host = self.fixed_s + (misses - n) * self.host_s if n < misses else 0.0
-            return max(n * self.copy_s, host)
+            return max(n * self.copy_s if n else 0.0, host)  # 0 * inf is no number
 
         return min(range(misses, -1, -1), key=seconds)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from moelite.arch import Arch, GatedMLP, Linear, MoE, Norm, TensorRef
 from moelite.attention import KVFormat
@@ -20,6 +20,9 @@ from moelite.quant.base import pad
 from moelite.storefile import LayerEntry, format_label
 from moelite.units import MIB, show_bytes
 from moelite.workspace import workspace_bytes
+
+if TYPE_CHECKING:
+    from moelite.gpu.plan import DevicePlan
 
 # Interpreter, numpy, numba, loaded kernels, terminal and template libraries: see docs/LOG.md.
 RUNTIME_BYTES = 190 * MIB
@@ -57,6 +60,7 @@ class Footprint:
     parts: every owner, the expert arena last. minimum_bytes: the least budget that works at this
     context. slots: how the arena is divided; experts_resident: how many experts stay in memory;
     resident_bytes: their slots; experts_bytes: the slots of all; record_bytes: the largest slot.
+    device: where a device computes, what lies in its memory; the parts are then those beside it.
     """
 
     parts: tuple[Part, ...]
@@ -77,6 +81,7 @@ class Footprint:
     store_bytes: int
     expert_format: str
     dense_format: str
+    device: DevicePlan | None = None
 
     @property
     def used_bytes(self) -> int:
@@ -259,6 +264,14 @@ def divide(layers: Mapping[int, LayerEntry], floating: int, room: int) -> Slots:
             quotas[layer] += 1
             room -= layers[layer].slot_bytes
     return Slots(quotas=quotas, floating=dict.fromkeys(sizes, each))
+
+
+def slot_counts(layers: Mapping[int, LayerEntry], slots: Slots) -> dict[int, int]:
+    """{bytes of a slot: how many} of an arena divided so, those that keep experts and the rest."""
+    counts = dict(slots.floating)
+    for layer, kept in slots.quotas.items():
+        counts[layers[layer].slot_bytes] += kept
+    return counts
 
 
 def refuse(footprint: Footprint, name: str) -> BudgetError:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from moelite import raw
-from moelite.jit import entry, inlined, inner
+from moelite.jit import entry, inlined, inner, kernel
 from moelite.quant import FORMATS
 from moelite.quant.base import U8, Act, Job, Matrix
 from moelite.simd import (
@@ -161,6 +161,12 @@ def quantize_row(act, row):
     if act.q.size:
         for k in range(row * act.blocks, (row + 1) * act.blocks):
             quantize_block(act, k * 32, k)
+
+
+@kernel
+def round_row(act):
+    """Fills the int8 planes of the first row of an Act."""
+    quantize_row(act, 0)
 
 
 @inlined

@@ -14,12 +14,13 @@ from moelite import warm
 from moelite.arch import Arch, MoE
 from moelite.attention import KVFormat
 from moelite.bandwidth import read_speed
-from moelite.budget import Footprint, Sizes, plan, refuse
+from moelite.budget import Footprint, Sizes, plan, refuse, slot_counts
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.cache.trace import I32, check_routes
 from moelite.drive import DriveSpeed, drive_speed, speed_now
 from moelite.errors import CheckpointError, StoreError, UsageError
 from moelite.forecast import Forecast, Hits
+from moelite.gpu.devices import choose
 from moelite.kv import KVCache
 from moelite.layers import ExpertTiers, tiers_of
 from moelite.lookahead import Choice, Lookahead
@@ -29,7 +30,7 @@ from moelite.model import Decoder, OnRoute
 from moelite.models import build
 from moelite.outlook import PROMPT_TOKENS, outlook, speeds_here, usual_hits
 from moelite.quant.base import ALIGN, F32, U8, pad
-from moelite.session import Session
+from moelite.session import Decoding, Session
 from moelite.sizing import budget_of, context_of, need_low_plane, stored, threads_of
 from moelite.step import LAYER_PHASES
 from moelite.store import Store
@@ -84,31 +85,13 @@ class Model:
         lookahead: Choice = "auto",
         on_miss: OnMiss = "wait",
     ) -> None:
-        self.store, self.arch, self.footprint = store, arch, footprint
-        self.drive = drive  # None: every expert fits in memory, so nobody asked
-        self.context, self.kv_format = footprint.context, kv
-        self._tokenizer: Tokenizer | None = None
-        if "tokenizer.json" in store.manifest.files:
-            self._tokenizer = Tokenizer.from_files(store.sidecars())
-        self.team = Team(footprint.threads, (len(arch.layers) + 2) * LAYER_PHASES)
-        quotas, slots = footprint.slots.quotas, dict(footprint.slots.floating)
-        sizes = {layer: entry.slot_bytes for layer, entry in store.layers.items()}
-        for layer, kept in quotas.items():
-            slots[sizes[layer]] += kept
-        arena = allocate_arena(slots)
-        self._populate = Populate(arena)
+        self._begin(store, arch, footprint, kv, drive)
         self.on_miss = on_miss
-        self.experts = ExpertCache(
-            arena=arena,
-            slots=slots,
-            sizes=sizes,
-            quotas=quotas,
-            read=store.load_record,
-            readers=drive.depth if drive else READERS,
-        )
+        self.team = Team(footprint.threads, (len(arch.layers) + 2) * LAYER_PHASES)
         self.lookahead = Lookahead("off" if on_miss == "low" else lookahead)
         work = Workspace(arch, footprint.chunk, footprint.threads)
-        self._decoder = Decoder(
+        arena = self.experts.arena
+        self._decoder: Decoding = Decoder(
             arch,
             _StoreWeights(store),
             self.experts,
@@ -118,7 +101,35 @@ class Model:
             team=self.team,
         )
         self._decoder.lookahead = self.lookahead
+
+    def _begin(
+        self,
+        store: Store,
+        arch: Arch,
+        footprint: Footprint,
+        kv: KVFormat,
+        drive: DriveSpeed | None,
+    ) -> None:
+        """What every way to compute has: a tokenizer, and the cache of experts in memory."""
+        self.store, self.arch, self.footprint = store, arch, footprint
+        self.drive = drive  # None: every expert fits in memory, so nobody asked
+        self.context, self.kv_format = footprint.context, kv
+        self.on_miss: OnMiss = "wait"
         self._session: Session | None = None
+        self._tokenizer: Tokenizer | None = None
+        if "tokenizer.json" in store.manifest.files:
+            self._tokenizer = Tokenizer.from_files(store.sidecars())
+        slots = slot_counts(store.layers, footprint.slots)
+        arena = allocate_arena(slots)
+        self._populate = Populate(arena)
+        self.experts = ExpertCache(
+            arena=arena,
+            slots=slots,
+            sizes={layer: entry.slot_bytes for layer, entry in store.layers.items()},
+            quotas=footprint.slots.quotas,
+            read=store.load_record,
+            readers=drive.depth if drive else READERS,
+        )
 
     def _tiers(self, arena: U8) -> dict[int, ExpertTiers]:
         found = {}
@@ -312,7 +323,12 @@ def load(  # noqa: PLR0913 - one for each choice a user has
     reads: Reads = "auto",
     lookahead: Choice = "auto",
     on_miss: OnMiss = "wait",
+    device: str = "cpu",
+    vram: str | int | None = None,
+    miss: Literal["auto", "copy", "cpu"] = "auto",
+    link: Any = None,
     on_compile: Callable[[str], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Model:
     """Loads the store at `path` within `ram` (default: four fifths of free memory).
 
@@ -323,10 +339,16 @@ def load(  # noqa: PLR0913 - one for each choice a user has
     (default: where it is faster). on_miss: "low" answers with an expert that is not in memory from
     the store's low plane, which is kept in memory, while it is being read: faster, and the tokens
     depend on what is in memory at the moment; prompts are always read with whole experts.
-    on_compile: told about the one-time compilation of kernels.
+    device: "auto", "cpu", or a torch device, "cuda", "mps", "xpu", "torch:cpu": dense weights, kv
+    and a cache of experts are then within `vram` of its memory (default: nine tenths of what is
+    free there). miss: where a token's expert that is not on the device is computed: "copy" it
+    there, on the "cpu", or "auto", where it is ready sooner. link: a moelite.gpu.device.Link to
+    simulate on torch:cpu. on_compile: told about the one-time compilation of kernels. on_note: told
+    what else a user should know.
     Raises BudgetError if it does not fit, naming the minimum, and StoreError if `path` is not a
     sound store.
     """
+    chosen = choose(device)
     store = Store.open(Path(path))
     try:
         if on_miss not in get_args(OnMiss):
@@ -342,6 +364,23 @@ def load(  # noqa: PLR0913 - one for each choice a user has
             low=on_miss == "low",
             **stored(store.manifest)._asdict(),
         )
+        if chosen is not None:
+            from moelite.gpu.model import load_on
+
+            return load_on(
+                chosen,
+                store,
+                sizes,
+                ram=budget_of(ram),
+                vram=vram,
+                chunk=chunk,
+                drive_of=lambda store, found: _choose_reads(store, found, reads),
+                lookahead=lookahead,
+                miss=miss,
+                link=link,
+                on_compile=on_compile,
+                on_note=on_note,
+            )
         footprint = plan(sizes, budget_of(ram), chunk)
         if not footprint.fits:
             raise refuse(footprint, store.path.name)

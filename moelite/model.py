@@ -114,6 +114,14 @@ class Decoder:
         self._alone_tokens = _ALONE // max(per_layer, 1)
 
     @property
+    def context(self) -> int:
+        return self.kv.context
+
+    @property
+    def chunk(self) -> int:
+        return self.work.chunk
+
+    @property
     def routes(self) -> I32 | None:
         return self._routes
 

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from moelite.arch import Arch
 from moelite.errors import UsageError
-from moelite.model import Decoder
+from moelite.lookahead import Lookahead
 from moelite.quant.base import F32
 
 Progress = Callable[[int, int], None]
+
+
+class Decoding(Protocol):
+    """What runs the tokens of a session: see moelite.model.Decoder."""
+
+    arch: Arch
+    lookahead: Lookahead
+    on_route: Any
+    routes: Any
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def chunk(self) -> int:
+        """The most tokens that `forward` takes."""
+        ...
+
+    def forward(
+        self, ids: Sequence[int], start: int, each: Callable[[int, F32], None] | None = None
+    ) -> None: ...
+    def logits(self, row: int) -> F32: ...
+    def part_seconds(self) -> dict[str, float]: ...
 
 
 class Session:
@@ -19,14 +43,14 @@ class Session:
     A model has memory for one kv: a new session takes it over, and the old one then says so.
     """
 
-    def __init__(self, decoder: Decoder, owner: Callable[[], Session | None]) -> None:
+    def __init__(self, decoder: Decoding, owner: Callable[[], Session | None]) -> None:
         self.ids: list[int] = []
         self._decoder, self._owner = decoder, owner
 
     @property
     def context(self) -> int:
         """The most tokens this session can hold."""
-        return self._decoder.kv.context
+        return self._decoder.context
 
     def append(self, ids: Sequence[int], *, progress: Progress | None = None) -> F32:
         """Appends tokens; logits [T, V] float32 after each of them.
@@ -48,7 +72,7 @@ class Session:
     def advance(self, ids: Sequence[int], *, progress: Progress | None = None) -> F32:
         """Appends tokens; logits [V] float32 after the last one."""
         self._run(ids, None, progress)
-        return self._decoder.logits((len(ids) - 1) % self._decoder.work.chunk).copy()
+        return self._decoder.logits((len(ids) - 1) % self._decoder.chunk).copy()
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from position `length` on."""
@@ -61,7 +85,7 @@ class Session:
         progress: Progress | None,
     ) -> None:
         self._check(ids)
-        chunk = self._decoder.work.chunk
+        chunk = self._decoder.chunk
         for at in range(0, len(ids), chunk):
             piece = list(ids[at : at + chunk])
             each = None if use is None else lambda i, row, at=at: use(at + i, row)

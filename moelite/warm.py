@@ -17,7 +17,7 @@ from moelite import jit, ops, step
 from moelite.arch import Linear, Router, TensorRef
 from moelite.bandwidth import read_speed
 from moelite.crc import crc32
-from moelite.dispatch import matrix_of
+from moelite.dispatch import matrix_of, new_act, round_row
 from moelite.errors import BudgetError, MoeliteError
 from moelite.machine import memory
 from moelite.quant import FORMATS
@@ -117,6 +117,7 @@ def _compile_step() -> None:
     router = Router(linear=Linear(weight=TensorRef(name="none"), rows=2, cols=1), top_k=1)
     route(router, np.zeros((1, 2), np.float32))
     step.clock()
+    round_row(new_act(1, 32, quantized=True))
     read_speed(np.zeros(256, np.uint8), 1)
     crc32(np.zeros(512, np.uint8))
     sync = np.zeros(sync_size(1, 1), np.int64)

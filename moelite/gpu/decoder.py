@@ -1,0 +1,371 @@
+"""The decoder on a torch device: a layer is a few kernels, its experts come from the UpperCache.
+
+A token waits for the device once a layer, to learn which experts it wants; where all of them are
+there, or on their way, nothing waits for them but the device itself. Rounding of activations is
+that of the CPU kernels (moelite.gpu.products), so both paths agree but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from moelite.arch import Arch, Attention, Linear, MoE
+from moelite.gpu.device import Device
+from moelite.gpu.experts import DeviceExperts, many
+from moelite.gpu.kv import DeviceKV, attend_many
+from moelite.gpu.products import Kernels
+from moelite.gpu.routing import route
+from moelite.gpu.weights import GatedOf, Matrix, NormOf, Weights
+from moelite.lookahead import Lookahead
+from moelite.quant import FORMATS
+from moelite.quant.base import F32, TILE_ROWS
+from moelite.words import I32
+
+OnRoute = Callable[[int, I32], None]
+LOGITS_ROWS = 32  # rows whose logits are computed at once
+# Share of a layer's experts that a chunk uses, above which the next layer's are fetched unseen
+_NEARLY = 0.9
+
+
+class _Layer(NamedTuple):
+    """One layer's weights on the device; router, shared, dense, shared_gate: None if not there."""
+
+    input_norm: NormOf | None
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    q_norm: NormOf | None
+    k_norm: NormOf | None
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    post_norm: NormOf | None
+    router: Matrix | None
+    dense: GatedOf | None
+    shared_gate: Matrix | None
+
+
+class DeviceDecoder:
+    """An Arch with its weights on a device. Not thread-safe: one forward pass at a time.
+
+    on_route, routes: as of moelite.model.Decoder.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        weights: Weights,
+        device: Device,
+        kernels: Kernels,
+        experts: DeviceExperts,
+        kv: DeviceKV,
+        chunk: int,
+    ) -> None:
+        self.arch, self.device, self.kv = arch, device, kv
+        self.chunk, self.context = chunk, kv.context
+        self.lookahead = Lookahead("off")
+        self.on_route: OnRoute | None = None
+        self.routes: I32 | None = None
+        self.shrink: Callable[[], None] = _raise  # makes room when the device is out of memory
+        self._kernels, self._experts = kernels, experts
+        self._tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._layers = [self._load(i, weights) for i in range(len(arch.layers))]
+        self._norm, self._head = weights.norm(arch.norm), weights.matrix(arch.head)
+        self._embed = self._head if arch.tied else weights.matrix(Linear(weight=arch.embed, rows=arch.vocab_size, cols=arch.hidden_size))
+        self._x = device.zeros((chunk, arch.hidden_size), torch.float32)
+        self._tokens, self._logits_of = 0, -1
+        self._logits = np.zeros(arch.vocab_size, np.float32)
+        self._guess: list[int] = []
+        self._began = 0.0
+
+    # --- one pass -------------------------------------------------------------------------------
+
+    def forward(
+        self, ids: Sequence[int], start: int, each: Callable[[int, F32], None] | None = None
+    ) -> None:
+        """Runs the tokens `ids` at positions start.. through all layers, filling the kv.
+
+        ids must be at most `chunk` long. For every token, or for none if `each` is None,
+        each(i, logits [V]) is called; the array is reused for the next token.
+        """
+        began, missed = time.perf_counter(), self._experts.cache.stats.misses
+        self._logits_of, self._tokens = -1, len(ids)
+        guessing = len(ids) == 1 and self.lookahead.wanted()
+        while True:
+            try:
+                self._pass(ids, start, guessing=guessing)
+                break
+            except torch.OutOfMemoryError:
+                self.shrink()  # raises where nothing is left to give up
+        if len(ids) == 1:
+            self.logits(0)  # the device is then through
+            missed = self._experts.cache.stats.misses - missed
+            self.lookahead.told(time.perf_counter() - began, missed)
+        self._began += time.perf_counter() - began
+        if each is not None:
+            self._each(each)
+
+    def _pass(self, ids: Sequence[int], start: int, *, guessing: bool) -> None:
+        # all of it again gives the same: it reads what earlier passes left, and writes beyond
+        x = self._x[: len(ids)]
+        x.copy_(self._rows(torch.tensor(ids, dtype=torch.int64)))
+        self._guess = []
+        for i in range(len(self._layers)):
+            self._attention(i, x, start)
+            self._feed_forward(i, x, start, guessing=guessing)
+
+    def part_seconds(self) -> dict[str, float]:
+        """Seconds since the decoder was made; a device does not tell its parts apart."""
+        return {"device": self._began}
+
+    def logits(self, row: int) -> F32:
+        """logits [V] float32 of row `row` of the last chunk; overwritten by the next call."""
+        if self._logits_of != row:
+            found = self._head_of(self._x[row : row + 1])[0]
+            torch.from_numpy(self._logits).copy_(found)
+            self._logits_of = row
+        return self._logits
+
+    def _each(self, each: Callable[[int, F32], None]) -> None:
+        for at in range(0, self._tokens, LOGITS_ROWS):
+            rows = self._x[at : min(at + LOGITS_ROWS, self._tokens)]
+            found = self._head_of(rows).cpu().numpy()
+            for i, row in enumerate(found):
+                self._logits[:] = row
+                self._logits_of = at + i
+                each(at + i, self._logits)
+
+    def _head_of(self, x: torch.Tensor) -> torch.Tensor:
+        return self._linear(self._head, self._normed(x, self._norm, self._head.format))
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _attention(self, i: int, x: torch.Tensor, start: int) -> None:
+        layer, spec = self._layers[i], self.arch.layers[i].attention
+        tokens, size = x.shape[0], spec.head_dim
+        inputs = _Inputs(self, x, layer.input_norm)
+        q, k, v = (self._linear(m, inputs.of(m.format)) for m in (layer.q, layer.k, layer.v))
+        q = self._head_norm(q, layer.q_norm, spec).view(tokens, spec.num_heads, size)
+        k = self._head_norm(k, layer.k_norm, spec).view(tokens, spec.num_kv_heads, size)
+        v = v.view(tokens, spec.num_kv_heads, size)
+        if spec.clip is not None:
+            q, k, v = (part.clamp(-spec.clip, spec.clip) for part in (q, k, v))
+        if layer.cos is not None and layer.sin is not None and spec.rope is not None:
+            cos, sin = (t[start : start + tokens, None] for t in (layer.cos, layer.sin))
+            style = spec.rope.style
+            q, k = _rotated(q, cos, sin, style), _rotated(k, cos, sin, style)
+        self.kv.put(i, start, k, v)
+        keys, values = self.kv.k[i], self.kv.v[i]
+        window = spec.window or 0
+        if tokens == 1:
+            out = self._kernels.attend(q, keys, values, start + 1, spec.scale, window)
+        else:
+            out = attend_many(q, keys, values, start, spec.scale, window)
+        out = out.reshape(tokens, spec.num_heads * size)
+        x += self._linear(layer.o, self._kernels.rounded(layer.o.format, out))
+
+    def _head_norm(self, x: torch.Tensor, norm: NormOf | None, spec: Attention) -> torch.Tensor:
+        if norm is None:
+            return x
+        if spec.qk_norm_over == "full":
+            return self._normed(x, norm, None)
+        return self._normed(x.view(-1, spec.head_dim), norm, None)
+
+    def _feed_forward(self, i: int, x: torch.Tensor, start: int, *, guessing: bool) -> None:
+        layer, mlp = self._layers[i], self.arch.layers[i].mlp
+        inputs = _Inputs(self, x, layer.post_norm)
+        if isinstance(mlp, MoE):
+            assert layer.router is not None
+            logits = self._linear(layer.router, inputs.of(layer.router.format))
+            given = self._given(i, start, x.shape[0])
+            selected, weights = route(mlp.router, logits, given)
+            self._route(i, x, inputs, (selected, weights), guessing=guessing)
+        if layer.dense is None:
+            return
+        out = self._gated(layer.dense, inputs)
+        gate = None
+        if layer.shared_gate is not None:
+            gate = self._linear(layer.shared_gate, inputs.of(layer.shared_gate.format)).view(-1)
+        ones = torch.ones((x.shape[0], 1), device=x.device)
+        self._kernels.add_experts(x, out, ones, gate)
+
+    def _gated(self, part: GatedOf, inputs: _Inputs) -> torch.Tensor:
+        both = self._linear(part.gate_up, inputs.of(part.gate_up.format))
+        return self._linear(part.down, self._kernels.gated(both, part.size, part.down.format))
+
+    # --- routed experts -------------------------------------------------------------------------
+
+    def _route(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        inputs: _Inputs,
+        chosen: tuple[torch.Tensor, torch.Tensor],
+        *,
+        guessing: bool,
+    ) -> None:
+        selected, weights = chosen
+        tokens, top_k = selected.shape
+        following = self._next_guess(layer, x) if guessing else None
+        wanted = selected if following is None else torch.cat([selected, following])
+        ids = wanted.cpu().numpy().astype(np.int32)  # here the host waits for the device
+        if following is not None:
+            ids, ahead = ids[:1], ids[1].tolist()
+        else:
+            ahead = []
+        self._tell(layer, ids)
+        if tokens == 1:
+            self._experts.one(layer, ids[0].tolist(), inputs, lambda: self._ahead(layer, ahead))
+        else:
+            used = np.unique(ids).size
+            ahead = self._nearly_all(layer + 1, used)
+            self._experts.many(layer, ids, inputs, lambda: self._ahead(layer, ahead))
+        self._guess = ahead
+        self._kernels.add_experts(x, self._experts.parts[: tokens * top_k], weights, None)
+
+    def _ahead(self, layer: int, experts: Sequence[int]) -> None:
+        if experts and layer + 1 < len(self._layers):
+            self._experts.cache.prefetch(layer + 1, experts)
+
+    def _next_guess(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
+        # layer l's residual, normed as the next layer does, through its router
+        if layer + 1 >= len(self._layers):
+            return None
+        found, mlp = self._layers[layer + 1], self.arch.layers[layer + 1].mlp
+        here = self.arch.layers[layer].mlp
+        if not isinstance(mlp, MoE) or not isinstance(here, MoE) or found.router is None:
+            return None
+        if mlp.router.top_k != here.router.top_k:
+            return None
+        normed = self._normed(x, found.post_norm, found.router.format)
+        return route(mlp.router, self._linear(found.router, normed))[0]
+
+    def _nearly_all(self, layer: int, used: int) -> list[int]:
+        mlp = self.arch.layers[layer].mlp if layer < len(self.arch.layers) else None
+        if isinstance(mlp, MoE) and used >= _NEARLY * mlp.num_experts:
+            return list(range(mlp.num_experts))
+        return []
+
+    def _tell(self, layer: int, ids: I32) -> None:
+        if self._guess and ids.shape[0] == 1:
+            found = set(ids[0].tolist())
+            self.lookahead.guessed += len(found)
+            self.lookahead.right += len(found.intersection(self._guess))
+        if self.on_route is not None:
+            self.on_route(layer, ids)
+
+    def _given(self, layer: int, start: int, tokens: int) -> torch.Tensor | None:
+        if self.routes is None:
+            return None
+        rows = self.routes[np.arange(start, start + tokens) % len(self.routes)]
+        at = self.arch.moe_layers.index(layer)
+        return torch.from_numpy(rows[:, at].astype(np.int64)).to(self.device.torch)
+
+    # --- products -------------------------------------------------------------------------------
+
+    def _normed(self, x: torch.Tensor, norm: NormOf | None, fmt: str | None) -> torch.Tensor:
+        if norm is None:
+            return x if fmt is None else self._kernels.rounded(fmt, x)
+        return self._kernels.normed(x, norm.weight, norm.bias, norm.eps, norm.kind, fmt)
+
+    def _linear(self, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+        """x [T, cols], rounded as its format wants, -> [T, rows], bias included."""
+        out = many(self._kernels, matrix, x)
+        return out if matrix.bias is None else out.add_(matrix.bias)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The embeddings [T, H] of tokens: their tiles alone are unpacked."""
+        fmt, packed, rows, cols, _ = self._embed
+        tile = FORMATS[fmt].tile_bytes(cols)
+        last = rows // TILE_ROWS * TILE_ROWS  # where a format without padding ends inside a tile
+        if rows != last and packed.numel() < -(-rows // TILE_ROWS) * tile:
+            room = torch.zeros(tile, dtype=torch.uint8, device=packed.device)
+            room[: packed.numel() - last // TILE_ROWS * tile] = packed[last // TILE_ROWS * tile :]
+            packed = torch.cat([packed[: last // TILE_ROWS * tile], room])
+        at = ids.to(self.device.torch)
+        tiles = packed.view(-1, tile)[at // TILE_ROWS].reshape(-1)
+        found = self._kernels.unpack(fmt, tiles, 0, TILE_ROWS * ids.numel(), cols)
+        each = torch.arange(ids.numel(), device=at.device)
+        return found.view(ids.numel(), TILE_ROWS, cols)[each, at % TILE_ROWS]
+
+    # --- loading --------------------------------------------------------------------------------
+
+    def _load(self, number: int, weights: Weights) -> _Layer:
+        layer = self.arch.layers[number]
+        spec, mlp = layer.attention, layer.mlp
+        cos, sin = self._rope(spec)
+        routed = isinstance(mlp, MoE)
+        dense = mlp.shared if isinstance(mlp, MoE) else mlp
+        gate = mlp.shared_gate if isinstance(mlp, MoE) else None
+        return _Layer(
+            input_norm=weights.norm(layer.input_norm),
+            q=weights.matrix(spec.q),
+            k=weights.matrix(spec.k),
+            v=weights.matrix(spec.v),
+            o=weights.matrix(spec.o),
+            q_norm=weights.norm(spec.q_norm),
+            k_norm=weights.norm(spec.k_norm),
+            cos=cos,
+            sin=sin,
+            post_norm=weights.norm(layer.post_norm),
+            router=weights.matrix(mlp.router.linear) if routed else None,
+            dense=None if dense is None else weights.gated(dense),
+            shared_gate=None if gate is None else weights.matrix(gate),
+        )
+
+    def _rope(self, spec: Attention) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        rope = spec.rope
+        if rope is None:
+            return None, None
+        if rope not in self._tables:
+            freq = np.array(rope.inv_freq, np.float32)
+            # the angle is a float32 product, as on the CPU
+            angles = np.arange(self.kv.context, dtype=np.float32)[:, None] * freq
+            made = []
+            for turn in (np.cos, np.sin):
+                table = (turn(angles.astype(np.float64)) * rope.scale).astype(np.float32)
+                room = self.device.zeros(table.shape, torch.float32)
+                room.copy_(torch.from_numpy(table))
+                made.append(room)
+            self._tables[rope] = made[0], made[1]
+        return self._tables[rope]
+
+
+def _raise() -> None:
+    raise  # noqa: PLE0704 - inside the handler that calls this
+
+
+def _rotated(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str
+) -> torch.Tensor:
+    """x [T, heads, D] with its first 2 * n dimensions rotated by cos, sin [T, 1, n]."""
+    n = cos.shape[-1]
+    if style == "interleaved":
+        a, b = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
+    else:
+        a, b = x[..., :n], x[..., n : 2 * n]
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    rest = x[..., 2 * n :]
+    if style == "interleaved":
+        return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)
+    return torch.cat([*turned, rest], -1)
+
+
+class _Inputs:
+    """A normed residual, rounded as formats want it; each kind of rounding is made once."""
+
+    def __init__(self, decoder: DeviceDecoder, x: torch.Tensor, norm: NormOf | None) -> None:
+        self._decoder, self._x, self._norm = decoder, x, norm
+        self._made: dict[int, torch.Tensor] = {}
+
+    def of(self, fmt: str) -> torch.Tensor:
+        """[T, cols] float32 as products of a format read it."""
+        planes = FORMATS[fmt].planes
+        if planes not in self._made:
+            self._made[planes] = self._decoder._normed(self._x, self._norm, fmt)
+        return self._made[planes]

@@ -1,0 +1,154 @@
+"""The routed experts of a layer, computed in the slots of a device's arena as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from moelite.cache.upper import Batch, UpperCache
+from moelite.gpu.device import Arrival, Device
+from moelite.gpu.host import HostExperts
+from moelite.gpu.plan import SCRATCH_BYTES
+from moelite.gpu.products import Kernels
+from moelite.gpu.weights import Matrix
+from moelite.quant import FORMATS
+from moelite.quant.base import PAGE, TILE_ROWS
+from moelite.quant.record import RecordLayout
+from moelite.storefile import LayerEntry
+from moelite.words import I32
+
+FEW = 4  # tokens up to which a matrix is multiplied straight from its tiles
+_RING = 64  # small arrays on their way to the device
+
+
+class Inputs(Protocol):
+    """The tokens' normed residual, rounded as a format wants it."""
+
+    def of(self, fmt: str) -> torch.Tensor: ...
+
+
+def many(kernels: Kernels, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
+    """x [T, cols] -> [T, rows]; a large matrix is unpacked a strip of rows at a time."""
+    fmt, packed, rows, cols, _ = matrix
+    strip = max(SCRATCH_BYTES // (4 * cols) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
+    if x.shape[0] <= FEW or rows <= strip or not FORMATS[fmt].exact:
+        return kernels.linear(fmt, x, packed, 0, rows, cols)
+    out, tile = x.new_empty((x.shape[0], rows)), FORMATS[fmt].tile_bytes(cols)
+    for at in range(0, rows, strip):
+        n = min(strip, rows - at)
+        out[:, at : at + n] = kernels.linear(fmt, x, packed, at // TILE_ROWS * tile, n, cols)
+    return out
+
+
+class DeviceExperts:
+    """Computes what the UpperCache hands out. parts float32 [chunk * K, H]: outputs by token and
+    rank in the router's order, in which they are added up, whichever came first.
+
+    host: computes misses of one token on the CPU; None where all are copied.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        kernels: Kernels,
+        cache: UpperCache,
+        arena: torch.Tensor,
+        layers: Mapping[int, LayerEntry],
+        parts: torch.Tensor,
+        host: HostExperts | None,
+    ) -> None:
+        self.cache, self.arena, self.parts, self.host = cache, arena, parts, host
+        self._device, self._kernels, self._layers = device, kernels, layers
+        longest = max(entry.experts for entry in layers.values())
+        self._ring = torch.zeros((_RING, 2, longest), dtype=torch.int64)
+        if device.torch.type == "cuda":
+            self._ring = self._ring.pin_memory()
+        self._turn = 0
+
+    def one(
+        self, layer: int, wanted: Sequence[int], inputs: Inputs, between: Callable[[], None]
+    ) -> None:
+        """One token's experts, in the router's order. between: called once copies are under way."""
+        ranks = {expert: rank for rank, expert in enumerate(wanted)}
+        for batch in self.cache.batches(layer, wanted, one=True):
+            between()
+            if batch.host:
+                assert self.host is not None
+                ranked = [(ranks[e], e, page) for e, page in batch.experts]
+                self._from_host(layer, ranked, inputs)
+            else:
+                self._one(layer, [(ranks[e], e, page) for e, page in batch.experts], inputs)
+
+    def many(self, layer: int, ids: I32, inputs: Inputs, between: Callable[[], None]) -> None:
+        """A chunk's experts ids [T, K]: each is computed once, for all its tokens."""
+        flat, top_k = ids.reshape(-1), ids.shape[1]
+        order = np.argsort(flat, kind="stable")
+        found, first = np.unique(flat[order], return_index=True)
+        ends = np.append(first[1:], flat.size)
+        runs = {int(e): (int(a), int(b)) for e, a, b in zip(found, first, ends, strict=True)}
+        positions = torch.from_numpy(order).to(self._device.torch)
+        for batch in self.cache.batches(layer, found.tolist(), one=False):
+            between()
+            for expert, page in batch.experts:
+                start, end = runs[expert]
+                self._many(layer, expert, page, positions[start:end], top_k, inputs)
+
+    def _one(self, layer: int, ranked: Sequence[tuple[int, int, int]], inputs: Inputs) -> None:
+        entry, k = self._layers[layer], self._kernels
+        for tier, layout in enumerate(entry.tiers):
+            mine = [(r, page) for r, expert, page in ranked if entry.tier_of[expert] == tier]
+            if not mine:
+                continue
+            ranks, bases = self._sent([r for r, _ in mine], [page * PAGE for _, page in mine])
+            rows, size = layout.gate_up_shape[0], layout.expert_size
+            x, n = inputs.of(layout.gate_up_format), len(mine)
+            both = x.new_empty((n, rows))
+            places = self._places(n)
+            k.experts(layout.gate_up_format, x, self.arena, bases, rows, x.shape[1], both, places)
+            hidden = k.gated(both, size, layout.down_format)
+            below, shape = bases + layout.down, layout.down_shape
+            k.experts(layout.down_format, hidden, self.arena, below, *shape, self.parts, ranks)
+
+    def _many(
+        self,
+        layer: int,
+        expert: int,
+        page: int,
+        positions: torch.Tensor,
+        top_k: int,
+        inputs: Inputs,
+    ) -> None:
+        layout, k = self._layers[layer].layout_of(expert), self._kernels
+        x = inputs.of(layout.gate_up_format)[positions // top_k]
+        wide, down = self._matrices(layout, page * PAGE)
+        hidden = k.gated(many(k, wide, x), layout.expert_size, layout.down_format)
+        self.parts[positions] = many(k, down, hidden)
+
+    def _matrices(self, layout: RecordLayout, at: int) -> tuple[Matrix, Matrix]:
+        record = self.arena[at : at + layout.record_bytes]
+        wide = Matrix(layout.gate_up_format, record[: layout.down], *layout.gate_up_shape)
+        return wide, Matrix(layout.down_format, record[layout.down :], *layout.down_shape)
+
+    def _from_host(
+        self, layer: int, ranked: Sequence[tuple[int, int, int]], inputs: Inputs
+    ) -> None:
+        assert self.host is not None
+        layout = self._layers[layer].tiers[0]
+        x = inputs.of(layout.gate_up_format)[0].cpu().numpy()
+        rows = torch.from_numpy(self.host.compute(layer, x, ranked)).to(self._device.torch)
+        self.parts[[rank for rank, _, _ in ranked]] = rows
+
+    def _sent(self, ranks: list[int], bases: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._turn = (self._turn + 1) % _RING
+        room = self._ring[self._turn]
+        n = len(ranks)
+        room[0, :n] = torch.tensor(ranks)
+        room[1, :n] = torch.tensor(bases)
+        sent = room[:, :n].to(self._device.torch, non_blocking=True)
+        return sent[0], sent[1]
+
+    def _places(self, n: int) -> torch.Tensor:
+        return torch.arange(n, device=self._device.torch)

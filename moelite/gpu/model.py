@@ -1,0 +1,280 @@
+"""Assembles a model on a device from a store: its memory, the cache below it, links and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from moelite import warm
+from moelite.arch import Arch
+from moelite.attention import KVFormat
+from moelite.budget import Footprint, Sizes, refuse, slot_counts
+from moelite.cache import CacheStats, UpperCache
+from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Split
+from moelite.drive import DriveSpeed
+from moelite.engine import Model
+from moelite.gpu.decoder import DeviceDecoder
+from moelite.gpu.device import Arrival, Device, Link, timed
+from moelite.gpu.devices import Free, video_memory
+from moelite.gpu.experts import DeviceExperts
+from moelite.gpu.host import HostExperts
+from moelite.gpu.kv import DeviceKV
+from moelite.gpu.plan import DevicePlan, plan_beside, plan_device, refuse_device
+from moelite.gpu.products import kernels_for
+from moelite.gpu.weights import Weights
+from moelite.lookahead import Choice, Lookahead
+from moelite.machine import memory
+from moelite.quant.base import PAGE
+from moelite.store import Store
+from moelite.units import MIB, parse_bytes, show_bytes
+
+Miss = Literal["auto", "copy", "cpu"]
+_SHRINK = 0.9  # of the arena, when the device turns out to be fuller than it said
+_PROBES = 5
+
+
+def vram_budget(vram: str | int | None, free: Free | None) -> int:
+    """Bytes named by `vram`; without it nine tenths of what is free on the device, or where a
+    device has no memory of its own, two fifths of what is free in the machine."""
+    if vram is not None:
+        total = memory().limit_bytes if free is None else free.total_bytes
+        return parse_bytes(vram, total=total)
+    return memory().available_bytes * 2 // 5 if free is None else free.free_bytes * 9 // 10
+
+
+def plan_both(
+    sizes: Sizes, device: str, ram: int, vram: str | int | None, chunk: int | None = None
+) -> Footprint:
+    """Where the memory of the machine and of the device goes."""
+    free = video_memory(device)
+    card = ("", None, None) if free is None else (free.name, free.total_bytes, free.free_bytes)
+    found = plan_device(sizes, device, vram_budget(vram, free), chunk, card)
+    return plan_beside(sizes, ram, found)
+
+
+class DeviceModel(Model):
+    """A Model whose dense weights, kv and arena of experts are on a torch device.
+
+    miss: where a token's expert that is not on the device is computed: copied there, on the CPU, or
+    wherever it is ready sooner. link: simulated, for torch:cpu. on_note: told what a user should
+    know, as that the device has less room than planned.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        arch: Arch,
+        footprint: Footprint,
+        kv: KVFormat,
+        drive: DriveSpeed | None = None,
+        lookahead: Choice = "auto",
+        miss: Miss = "auto",
+        link: Link | None = None,
+        on_note: Callable[[str], None] | None = None,
+    ) -> None:
+        plan = footprint.device
+        assert plan is not None
+        self._note = on_note or (lambda note: None)
+        self._plan = plan
+        self._begin(store, arch, footprint, kv, drive)
+        self.lookahead = Lookahead(lookahead)
+        self.host: HostExperts | None = None
+        self.device = Device(plan.device, plan.budget_bytes, link)
+        try:
+            self._fill(lookahead, miss)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _fill(self, lookahead: Choice, miss: Miss) -> None:
+        plan, device, store = self._plan, self.device, self.store
+        kernels = kernels_for(device.torch)
+        weights = Weights(store, self.arch, device)
+        top_k = self.experts_used
+        parts = device.zeros((plan.chunk * top_k, self.arch.hidden_size), torch.float32)
+        keys = DeviceKV(self.arch, self.context, self.kv_format, device)
+        self.pinned = device.pin(self.experts.arena)
+        self._below = torch.from_numpy(self.experts.arena)
+        self._reserve(plan)
+        upper = UpperCache(
+            self.experts,
+            slots=slot_counts(store.layers, self._plan.slots),
+            quotas=self._plan.slots.quotas,
+            send=self._send,
+        )
+        if miss != "copy":
+            self.host = HostExperts(
+                self.arch, store.layers, self.experts.arena, self.footprint.threads
+            )
+        device_experts = DeviceExperts(
+            device, kernels, upper, self._arena, store.layers, parts, self.host
+        )
+        self._on_device, self.upper = device_experts, upper
+        upper.split = self._split(miss)
+        decoder = DeviceDecoder(
+            self.arch, weights, device, kernels, device_experts, keys, plan.chunk
+        )
+        decoder.lookahead = self.lookahead
+        decoder.shrink = self._shrink
+        self._decoder = decoder
+
+    @property
+    def experts_used(self) -> int:
+        """The most experts that a token uses in a layer."""
+        return max(len(x) for x in self._top_k())
+
+    def _top_k(self) -> list[range]:
+        from moelite.arch import MoE
+
+        return [
+            range(x.mlp.router.top_k) for x in self.arch.layers if isinstance(x.mlp, MoE)
+        ]
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _reserve(self, plan: DevicePlan) -> None:
+        """The arena, smaller if the device has not what was planned."""
+        while True:
+            size = plan.parts[-1].bytes
+            try:
+                self._arena = self.device.zeros((size,), torch.uint8)
+                self._plan = plan
+                return
+            except torch.OutOfMemoryError:
+                self.device.drop_cached()
+                plan = self._smaller(plan)
+
+    def _smaller(self, plan: DevicePlan) -> DevicePlan:
+        arena = plan.parts[-1].bytes
+        budget = plan.budget_bytes - max(arena - int(_SHRINK * arena), MIB)
+        less = plan_device(
+            self.sizes,
+            plan.device,
+            budget,
+            plan.chunk,
+            (plan.card, plan.total_bytes, plan.free_bytes),
+        )
+        if not less.fits:
+            raise refuse_device(less, self.store.path.name)
+        self._note(
+            f"{plan.card or plan.device} is out of memory: experts take "
+            f"{show_bytes(less.parts[-1].bytes)} of it now, not {show_bytes(arena)}"
+        )
+        return less
+
+    def _shrink(self) -> None:
+        """Begins anew with a smaller arena; every expert in it is given up."""
+        plan = self._smaller(self._plan)
+        self.upper.close()
+        self.device.give_back(self._arena)
+        self._on_device.arena = self._arena = torch.empty(0, dtype=torch.uint8)
+        self.device.drop_cached()
+        self._reserve(plan)
+        self._on_device.arena = self._arena
+        slots = slot_counts(self.store.layers, self._plan.slots)
+        self.upper.divide(slots, self._plan.slots.quotas)
+        self.footprint = replace(self.footprint, device=self._plan)
+
+    def _send(self, layer: int, page: int, slot: int) -> Arrival:
+        size = self.store.layers[layer].slot_bytes
+        source = self._below[page * PAGE : page * PAGE + size]
+        return self.device.copies.start(self._arena[slot * PAGE : slot * PAGE + size], source)
+
+    # --- where misses are computed --------------------------------------------------------------
+
+    def _split(self, miss: Miss) -> Split:
+        if miss == "copy":
+            return ALL_COPIED
+        if miss == "cpu":
+            return NONE_COPIED
+        return self.measure()
+
+    def measure(self) -> Split:
+        """Seconds to copy an expert and to compute it on the CPU, from a few of each."""
+        import numpy as np
+
+        assert self.host is not None
+        layer = self.arch.moe_layers[0]
+        size = self.store.layers[layer].slot_bytes
+        slots = min(4, self._arena.numel() // size, self._below.numel() // size)
+
+        def copy() -> None:
+            for i in range(slots):
+                at = slice(i * size, (i + 1) * size)
+                self.device.copies.start(self._arena[at], self._below[at]).gate()
+
+        # what lies there now are zeros: numbers without meaning, and the same bytes to read
+        ranked = [(i, i, i * size // PAGE) for i in range(min(slots, self.experts_used))]
+        x = np.ones(self.arch.hidden_size, np.float32)
+        copies = sorted(timed(self.device, copy) / slots for _ in range(_PROBES))
+        host = self.host
+        all_s = sorted(timed(self.device, lambda: host.compute(layer, x, ranked)) for _ in range(5))
+        one_s = sorted(
+            timed(self.device, lambda: host.compute(layer, x, ranked[:1])) for _ in range(5)
+        )
+        more = max(1, len(ranked) - 1)
+        each = max(1e-9, (all_s[2] - one_s[2]) / more if len(ranked) > 1 else one_s[2])
+
+        def there_and_back() -> None:
+            torch.from_numpy(x).to(self.device.torch).cpu()
+
+        fixed = sorted(timed(self.device, there_and_back) for _ in range(_PROBES))[_PROBES // 2]
+        return Split(copies[_PROBES // 2], each, max(0.0, one_s[2] - each) + fixed)
+
+    # --- what a Model tells ---------------------------------------------------------------------
+
+    def stats(self) -> CacheStats:
+        """Of the cache in memory, and, as `upper`, of that on the device."""
+        return replace(self.experts.stats, upper=self.upper.stats)
+
+    def force_routes(self, routes: object) -> None:
+        super().force_routes(routes)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Ends threads, copies and files, and gives the memory back."""
+        self._stop()
+        self.store.close()
+
+    def _stop(self) -> None:
+        self._populate.close()
+        if hasattr(self, "upper"):
+            self.upper.close()
+        self.experts.close()
+        if self.host is not None:
+            self.host.close()
+        self.device.close()
+
+
+def load_on(
+    device: str,
+    store: Store,
+    sizes: Sizes,
+    *,
+    ram: int,
+    vram: str | int | None,
+    chunk: int | None,
+    drive_of: Callable[[Store, Footprint], DriveSpeed | None],
+    lookahead: Choice,
+    miss: Miss,
+    link: Link | None,
+    on_compile: Callable[[str], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> DeviceModel:
+    """Loads a store onto a device. Raises BudgetError if it does not fit there, or beside it."""
+    footprint = plan_both(sizes, device, ram, vram, chunk)
+    assert footprint.device is not None
+    if not footprint.device.fits:
+        raise refuse_device(footprint.device, store.path.name)
+    if not footprint.fits:
+        raise refuse(footprint, store.path.name)
+    if miss != "copy":
+        warm.ensure(store.formats, on_compile)
+    drive = drive_of(store, footprint)
+    store.hold_open()
+    return DeviceModel(
+        store, sizes.arch, footprint, sizes.kv, drive, lookahead, miss, link, on_note
+    )
