@@ -1,0 +1,1 @@
+"""The GPU path: torch, Triton and bitsandbytes. Nothing on the CPU path imports it."""
