@@ -6,6 +6,7 @@ pytest runs on the torch ones: `python tests/gpu_checks.py NAME...`, all if none
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -285,8 +286,26 @@ BY_FORMAT: tuple[Callable[..., None], ...] = (
 OTHERS: tuple[Callable[..., None], ...] = (normed, add_experts, attend)
 
 
+def _let_arrays_of_one_be_numbers() -> None:
+    # Triton's interpreter has scalars as arrays [1], which numpy 2.4 no longer takes as an index
+    interpreter: Any = importlib.import_module("triton.runtime.interpreter")
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, *scope: Any) -> None:
+        patch(tensor, *scope)
+        index = lambda self: int(self.handle.data.reshape(-1)[0])  # noqa: E731
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    interpreter._patch_lang_tensor = patched
+
+
 def main(names: list[str]) -> None:
     """Runs checks under Triton's interpreter and prints each that passed."""
+    _let_arrays_of_one_be_numbers()
+    np.seterr(all="ignore")  # masked lanes divide by zero
     kernels = kernels_for(CPU, "triton")
     for check in BY_FORMAT:
         for name in names or FORMATS:
