@@ -75,6 +75,9 @@ class Model:
     One thread at a time: generation, sessions and `forward` share one kv and one set of buffers.
     """
 
+    on_miss: OnMiss
+    _decoder: Decoding
+
     def __init__(
         self,
         store: Store,
@@ -91,7 +94,7 @@ class Model:
         self.lookahead = Lookahead("off" if on_miss == "low" else lookahead)
         work = Workspace(arch, footprint.chunk, footprint.threads)
         arena = self.experts.arena
-        self._decoder: Decoding = Decoder(
+        self._decoder = Decoder(
             arch,
             _StoreWeights(store),
             self.experts,
@@ -114,7 +117,7 @@ class Model:
         self.store, self.arch, self.footprint = store, arch, footprint
         self.drive = drive  # None: every expert fits in memory, so nobody asked
         self.context, self.kv_format = footprint.context, kv
-        self.on_miss: OnMiss = "wait"
+        self.on_miss = "wait"
         self._session: Session | None = None
         self._tokenizer: Tokenizer | None = None
         if "tokenizer.json" in store.manifest.files:

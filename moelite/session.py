@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from moelite.arch import Arch
 from moelite.errors import UsageError
 from moelite.lookahead import Lookahead
 from moelite.quant.base import F32
+from moelite.words import I32
 
 Progress = Callable[[int, int], None]
 
@@ -20,9 +21,15 @@ class Decoding(Protocol):
 
     arch: Arch
     lookahead: Lookahead
-    on_route: Any
-    routes: Any
+    on_route: Callable[[int, I32], None] | None
 
+    @property
+    def routes(self) -> I32 | None:
+        """Experts that tokens take, whatever the router says."""
+        ...
+
+    @routes.setter
+    def routes(self, routes: I32 | None) -> None: ...
     @property
     def context(self) -> int: ...
     @property

@@ -76,7 +76,7 @@ RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 
 ONLY_IN = {  # package -> files that may import it
     "torch": ("moelite/gpu/", "scripts/", "tests/"),
-    "triton": ("moelite/gpu/", "scripts/", "tests/"),
+    "triton": ("moelite/gpu/triton_", "scripts/", "tests/"),
     "pynvml": ("moelite/gpu/", "tests/"),
     "bitsandbytes": ("moelite/gpu/", "scripts/", "tests/"),
     "transformers": ("scripts/", "tests/"),

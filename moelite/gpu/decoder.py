@@ -76,7 +76,13 @@ class DeviceDecoder:
         self._tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         self._layers = [self._load(i, weights) for i in range(len(arch.layers))]
         self._norm, self._head = weights.norm(arch.norm), weights.matrix(arch.head)
-        self._embed = self._head if arch.tied else weights.matrix(Linear(weight=arch.embed, rows=arch.vocab_size, cols=arch.hidden_size))
+        self._embed = (
+            self._head
+            if arch.tied
+            else weights.matrix(
+                Linear(weight=arch.embed, rows=arch.vocab_size, cols=arch.hidden_size)
+            )
+        )
         self._x = device.zeros((chunk, arch.hidden_size), torch.float32)
         self._tokens, self._logits_of = 0, -1
         self._logits = np.zeros(arch.vocab_size, np.float32)
@@ -299,7 +305,6 @@ class DeviceDecoder:
         layer = self.arch.layers[number]
         spec, mlp = layer.attention, layer.mlp
         cos, sin = self._rope(spec)
-        routed = isinstance(mlp, MoE)
         dense = mlp.shared if isinstance(mlp, MoE) else mlp
         gate = mlp.shared_gate if isinstance(mlp, MoE) else None
         return _Layer(
@@ -313,7 +318,7 @@ class DeviceDecoder:
             cos=cos,
             sin=sin,
             post_norm=weights.norm(layer.post_norm),
-            router=weights.matrix(mlp.router.linear) if routed else None,
+            router=weights.matrix(mlp.router.linear) if isinstance(mlp, MoE) else None,
             dense=None if dense is None else weights.gated(dense),
             shared_gate=None if gate is None else weights.matrix(gate),
         )
@@ -337,12 +342,10 @@ class DeviceDecoder:
 
 
 def _raise() -> None:
-    raise  # noqa: PLE0704 - inside the handler that calls this
+    raise
 
 
-def _rotated(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str
-) -> torch.Tensor:
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> torch.Tensor:
     """x [T, heads, D] with its first 2 * n dimensions rotated by cos, sin [T, 1, n]."""
     n = cos.shape[-1]
     if style == "interleaved":

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from moelite.cache.upper import Batch, UpperCache
-from moelite.gpu.device import Arrival, Device
+from moelite.cache.upper import UpperCache
+from moelite.gpu.device import Device
 from moelite.gpu.host import HostExperts
 from moelite.gpu.plan import SCRATCH_BYTES
 from moelite.gpu.products import Kernels
@@ -104,13 +104,12 @@ class DeviceExperts:
                 continue
             ranks, bases = self._sent([r for r, _ in mine], [page * PAGE for _, page in mine])
             rows, size = layout.gate_up_shape[0], layout.expert_size
-            x, n = inputs.of(layout.gate_up_format), len(mine)
-            both = x.new_empty((n, rows))
-            places = self._places(n)
-            k.experts(layout.gate_up_format, x, self.arena, bases, rows, x.shape[1], both, places)
+            x = inputs.of(layout.gate_up_format)
+            both = k.experts(layout.gate_up_format, x, self.arena, bases, rows, x.shape[1])
             hidden = k.gated(both, size, layout.down_format)
             below, shape = bases + layout.down, layout.down_shape
-            k.experts(layout.down_format, hidden, self.arena, below, *shape, self.parts, ranks)
+            out, fmt = self.parts, layout.down_format
+            k.experts(fmt, hidden, self.arena, below, *shape, out=out, target=ranks)
 
     def _many(
         self,
@@ -149,6 +148,3 @@ class DeviceExperts:
         room[1, :n] = torch.tensor(bases)
         sent = room[:, :n].to(self._device.torch, non_blocking=True)
         return sent[0], sent[1]
-
-    def _places(self, n: int) -> torch.Tensor:
-        return torch.arange(n, device=self._device.torch)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from moelite import warm
 from moelite.arch import Arch
 from moelite.attention import KVFormat
-from moelite.budget import Footprint, Sizes, refuse, slot_counts
+from moelite.budget import Footprint, Sizes, floating_slots, refuse, slot_counts
 from moelite.cache import CacheStats, UpperCache
 from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Split
 from moelite.drive import DriveSpeed
@@ -130,9 +130,7 @@ class DeviceModel(Model):
     def _top_k(self) -> list[range]:
         from moelite.arch import MoE
 
-        return [
-            range(x.mlp.router.top_k) for x in self.arch.layers if isinstance(x.mlp, MoE)
-        ]
+        return [range(x.mlp.router.top_k) for x in self.arch.layers if isinstance(x.mlp, MoE)]
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -195,8 +193,6 @@ class DeviceModel(Model):
 
     def measure(self) -> Split:
         """Seconds to copy an expert and to compute it on the CPU, from a few of each."""
-        import numpy as np
-
         assert self.host is not None
         layer = self.arch.moe_layers[0]
         size = self.store.layers[layer].slot_bytes
@@ -230,9 +226,6 @@ class DeviceModel(Model):
     def stats(self) -> CacheStats:
         """Of the cache in memory, and, as `upper`, of that on the device."""
         return replace(self.experts.stats, upper=self.upper.stats)
-
-    def force_routes(self, routes: object) -> None:
-        super().force_routes(routes)  # type: ignore[arg-type]
 
     def close(self) -> None:
         """Ends threads, copies and files, and gives the memory back."""

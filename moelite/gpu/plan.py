@@ -118,9 +118,7 @@ def _workspace(sizes: Sizes, chunk: int) -> int:
     rows += _TEMPORARIES * chunk * inner
     keys = max(2 * a.num_kv_heads * a.head_dim for a in attention) * sizes.context
     logits = 33 * arch.vocab_size
-    largest = max(
-        SCRATCH_BYTES, *(4 * m.experts.gate.cols * 8 for m in moes)
-    )
+    largest = max(SCRATCH_BYTES, *(4 * m.experts.gate.cols * 8 for m in moes))
     return 4 * (rows + keys + logits) + 3 * SCORES_BYTES + 3 * largest
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from moelite.arch import Arch, GatedMLP, Linear, MoE, Norm, TensorRef
+from moelite.arch import Arch, GatedMLP, Linear, Norm, TensorRef
 from moelite.errors import UnsupportedError
 from moelite.gpu.device import Device
 from moelite.gpu.plan import block_bytes
@@ -33,7 +33,7 @@ class NormOf(NamedTuple):
     bias: torch.Tensor | None
     size: int
     eps: float
-    kind: str
+    kind: Literal["rms", "layer"]
 
 
 class GatedOf(NamedTuple):
@@ -97,15 +97,3 @@ class Weights:
         room = self._block[start:end]
         room.copy_(torch.from_numpy(data))
         return room
-
-
-def linears(arch: Arch) -> list[Linear]:
-    """Every linear part but those of experts and of dense feed-forward parts' gate and up."""
-    found = [] if arch.tied else [arch.head]
-    for layer in arch.layers:
-        a, mlp = layer.attention, layer.mlp
-        found += [a.q, a.k, a.v, a.o]
-        if isinstance(mlp, MoE):
-            found.append(mlp.router.linear)
-            found += [part for part in (mlp.shared_gate,) if part is not None]
-    return found
