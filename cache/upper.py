@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from moelite.cache.loader import ExpertCache
 from moelite.cache.lru import LayerLRU
 from moelite.cache.stats import CacheStats
@@ -102,6 +104,7 @@ class UpperCache:
         *,
         slots: Mapping[int, int],
         quotas: Mapping[int, int],
+        experts: Mapping[int, int],
         send: Send,
         split: Split = ALL_COPIED,
     ) -> None:
@@ -109,6 +112,10 @@ class UpperCache:
         self._send = send
         self._arrivals: dict[int, Arrival] = {}  # by the slot below that a copy reads from
         below.before_read = self._left
+        # {layer: the byte where each expert begins, int64 [experts], -1: not here}; changed: since
+        # whoever reads them last set it back
+        self.bases = {n: np.full(count, -1, np.int64) for n, count in experts.items()}
+        self.changed = True
         self.divide(slots, quotas)
         self.reset_stats()
 
@@ -116,6 +123,9 @@ class UpperCache:
         """Begins anew with these slots, all empty."""
         self._lru = {layer: LayerLRU(quota) for layer, quota in quotas.items()}
         self._slot: dict[ExpertKey, int] = {}
+        for bases in self.bases.values():
+            bases[:] = -1
+        self.changed = True
         self._ahead: dict[ExpertKey, tuple[int, Arrival]] = {}
         self._coming: dict[ExpertKey, Arrival] = {}  # claimed, not handed out yet
         self._free: dict[int, deque[int]] = {}
@@ -157,6 +167,15 @@ class UpperCache:
     def slot_of(self, layer: int, expert: int) -> int:
         """Where an expert is, or -1."""
         return self._slot.get(ExpertKey(layer, expert), -1)
+
+    def touch(self, layer: int, experts: Sequence[int]) -> None:
+        """Counts experts as used and hit; all are here, as `bases` told."""
+        found = self._layer(layer).lookup(experts)
+        assert not found.misses
+        assert not found.evicted
+        self._hits += len(found.hits)
+        for key in [k for k in self._ahead if k.layer == layer]:
+            self._drop(key)
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begins to bring experts that `layer` will perhaps need: to the device, or to memory.
@@ -262,6 +281,8 @@ class UpperCache:
             else:
                 self._late += 1
         self._slot[key] = slot
+        self.bases[key.layer][key.expert] = slot * PAGE
+        self.changed = True
 
     def _hand_out(self, group: list[ExpertKey]) -> Batch:
         for key in group:
@@ -289,6 +310,8 @@ class UpperCache:
             slot = self._slot.pop(key, None)
             if slot is not None:
                 self._free[self.sizes[key.layer]].append(slot)
+                self.bases[key.layer][key.expert] = -1
+                self.changed = True
 
     def _drop(self, key: ExpertKey) -> None:
         # a copy under way goes on; whatever is copied into its slot next comes after it

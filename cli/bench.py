@@ -15,14 +15,17 @@ from rich.table import Table
 from moelite.cli.bars import progress_on_stderr
 from moelite.cli.common import (
     ContextOption,
+    DeviceOption,
     KVOption,
     LookaheadOption,
+    MissOption,
     ModelArgument,
     OfflineOption,
     OnMissOption,
     RamOption,
     ReadsOption,
     ThreadsOption,
+    VramOption,
     cache_folder,
     open_model,
 )
@@ -48,6 +51,9 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
     on_miss: OnMissOption = "wait",
+    device: DeviceOption = "auto",
+    vram: VramOption = None,
+    miss: MissOption = "auto",
     seed: Annotated[int, typer.Option(help="Of the random prompt.")] = 0,
     route: Annotated[
         Path | None,
@@ -72,6 +78,7 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     trace = None if route is None else read_trace(route)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
     settings.update(reads=reads, lookahead=lookahead, on_miss=on_miss)
+    settings.update(device=device, vram=vram, miss=miss)
     with open_model(store, offline=offline, **settings) as model:
         folder = cache_folder()
         # random tokens: no published run of real text tells how they are routed

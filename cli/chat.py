@@ -9,14 +9,17 @@ import typer
 from moelite.cli.common import (
     BUILTIN,
     ContextOption,
+    DeviceOption,
     KVOption,
     LookaheadOption,
+    MissOption,
     ModelArgument,
     OfflineOption,
     OnMissOption,
     RamOption,
     ReadsOption,
     ThreadsOption,
+    VramOption,
     both_terminals,
     open_model,
     state_folder,
@@ -35,6 +38,9 @@ def chat(  # noqa: PLR0913 - one parameter for each option
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
     on_miss: OnMissOption = "wait",
+    device: DeviceOption = "auto",
+    vram: VramOption = None,
+    miss: MissOption = "auto",
     system: Annotated[
         str, typer.Option("--system", metavar="TEXT", help="A system prompt.", show_default=False)
     ] = "",
@@ -49,6 +55,7 @@ def chat(  # noqa: PLR0913 - one parameter for each option
     """
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
     settings.update(reads=reads, lookahead=lookahead, on_miss=on_miss)
+    settings.update(device=device, vram=vram, miss=miss)
     with open_model(model, offline=offline, **settings) as loaded:
         converse(loaded, model or BUILTIN, system=system, keep_history=not no_history)
 

@@ -73,6 +73,31 @@ OnMissOption = Annotated[
         help="Wait for an expert that is not in memory, or take its low plane (tokens change).",
     ),
 ]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="auto, cpu, cuda (cuda:1), mps, xpu, or torch:cpu. auto: cuda where torch finds one.",
+    ),
+]
+VramOption = Annotated[
+    str | None,
+    typer.Option(
+        "--vram",
+        metavar="SIZE",
+        help="Memory of the device for everything. Default: nine tenths of what is free there.",
+        show_default=False,
+    ),
+]
+MissOption = Annotated[
+    Literal["auto", "copy", "cpu"],
+    typer.Option(
+        "--miss",
+        help="Where an expert that is not on the device is computed: copied there, on the CPU, or "
+        "where it is ready sooner.",
+    ),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option(
@@ -249,6 +274,7 @@ def open_model(
             kv=kv,
             **options,
             on_compile=lambda note: status.update(escape(note)),
+            on_note=lambda note: console.print(escape(note)),
         )
     with model:
         yield model

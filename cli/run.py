@@ -11,14 +11,17 @@ import typer
 from moelite.cli.common import (
     BUILTIN,
     ContextOption,
+    DeviceOption,
     KVOption,
     LookaheadOption,
+    MissOption,
     ModelArgument,
     OfflineOption,
     OnMissOption,
     RamOption,
     ReadsOption,
     ThreadsOption,
+    VramOption,
     cache_folder,
     open_model,
 )
@@ -74,6 +77,9 @@ def run(  # noqa: PLR0913 - one parameter for each option
     reads: ReadsOption = "auto",
     lookahead: LookaheadOption = "auto",
     on_miss: OnMissOption = "wait",
+    device: DeviceOption = "auto",
+    vram: VramOption = None,
+    miss: MissOption = "auto",
     offline: OfflineOption = False,
 ) -> None:
     """Answer one prompt, from -p, from a pipe, or from both.
@@ -94,6 +100,7 @@ def run(  # noqa: PLR0913 - one parameter for each option
     check(changes)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
     settings.update(reads=reads, lookahead=lookahead, on_miss=on_miss)
+    settings.update(device=device, vram=vram, miss=miss)
     with open_model(model, offline=offline, **settings) as loaded:
         answer(
             loaded, model or BUILTIN, prompt_ids(loaded, text, system, raw=raw), changes, as_json

@@ -358,6 +358,16 @@ def load(  # noqa: PLR0913 - one for each choice a user has
             raise UsageError(f"on_miss {on_miss!r} is not known", fix="wait or low")
         if on_miss == "low":
             need_low_plane(store.layers, store.path)
+            if chosen is not None:
+                raise UsageError(
+                    f"on_miss low answers from memory on the CPU, not on {chosen}",
+                    fix="--device cpu, or --on-miss wait",
+                )
+        if vram is not None and chosen is None:
+            raise UsageError(
+                "--vram is for a device, and the CPU computes here",
+                fix="leave it out, or name one with --device",
+            )
         arch = build(store.config)
         sizes = Sizes(
             arch=arch,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from moelite.arch import Arch, Attention, Linear, MoE
-from moelite.gpu.device import Device
+from moelite.budget import floating_slots
+from moelite.gpu.device import Device, captured
 from moelite.gpu.experts import DeviceExperts, many
 from moelite.gpu.kv import DeviceKV, attend_many
 from moelite.gpu.products import Kernels
@@ -88,6 +89,15 @@ class DeviceDecoder:
         self._logits = np.zeros(arch.vocab_size, np.float32)
         self._guess: list[int] = []
         self._began = 0.0
+        moes, top_k = arch.moe_layers, floating_slots(arch)
+        self._ones = device.zeros((chunk, 1), torch.float32).fill_(1)
+        # of one token: its id, its position and the one after; the length of its context
+        self._token = device.zeros((3,), torch.int64)
+        self._length = device.zeros((1,), torch.int32)
+        self._seen = device.zeros((len(moes) + 1, top_k), torch.int64)
+        self._found = device.zeros((1, arch.vocab_size), torch.float32)
+        self._settled = False
+        self._graph: Callable[[], object] | None = None
 
     # --- one pass -------------------------------------------------------------------------------
 
@@ -104,13 +114,15 @@ class DeviceDecoder:
         guessing = len(ids) == 1 and self.lookahead.wanted()
         while True:
             try:
-                self._pass(ids, start, guessing=guessing)
+                if not self._unseen(ids, start):
+                    self._pass(ids, start, guessing=guessing)
                 break
             except torch.OutOfMemoryError:
                 self.shrink()  # raises where nothing is left to give up
         if len(ids) == 1:
             self.logits(0)  # the device is then through
             missed = self._experts.cache.stats.misses - missed
+            self._settled = missed == 0
             self.lookahead.told(time.perf_counter() - began, missed)
         self._began += time.perf_counter() - began
         if each is not None:
@@ -119,11 +131,73 @@ class DeviceDecoder:
     def _pass(self, ids: Sequence[int], start: int, *, guessing: bool) -> None:
         # all of it again gives the same: it reads what earlier passes left, and writes beyond
         x = self._x[: len(ids)]
-        x.copy_(self._rows(torch.tensor(ids, dtype=torch.int64)))
+        x.copy_(self._rows(self._place(ids, start)))
         self._guess = []
         for i in range(len(self._layers)):
             self._attention(i, x, start)
             self._feed_forward(i, x, start, guessing=guessing)
+
+    def _place(self, ids: Sequence[int], start: int) -> torch.Tensor:
+        if len(ids) > 1:
+            return torch.tensor(ids, dtype=torch.int64).to(self.device.torch)
+        # one copy for all that the device wants to know of a token
+        self._token.copy_(torch.tensor([ids[0], start, start + 1]), non_blocking=True)
+        self._length.copy_(self._token[2:])
+        return self._token[:1]
+
+    # --- one token without a look at the host ---------------------------------------------------
+
+    def _unseen(self, ids: Sequence[int], start: int) -> bool:
+        """One token whose experts all are on the device, if so: the device finds them itself.
+
+        Tried after a token that missed nothing. False: one was missing, and nothing is lost but the
+        time: a fraction of what a token takes that waits for the host in every layer.
+        """
+        if len(ids) > 1 or not self._settled or self.routes is not None:
+            return False
+        self._experts.table()
+        self._place(ids, start)
+        if self._graph is None:
+            self._graph = captured(self.device, self._blind)
+        self._graph()
+        seen = self._seen.cpu().numpy()  # here the host waits, once
+        if seen[-1, 0]:
+            self._settled = False
+            return False
+        for at, layer in enumerate(self.arch.moe_layers):
+            mlp = self.arch.layers[layer].mlp
+            assert isinstance(mlp, MoE)
+            chosen = seen[at : at + 1, : mlp.router.top_k].astype(np.int32)
+            self._experts.cache.touch(layer, chosen[0].tolist())
+            if self.on_route is not None:
+                self.on_route(layer, chosen)
+        self._logits_of = 0
+        torch.from_numpy(self._logits).copy_(self._found[0])
+        return True
+
+    def _blind(self) -> None:
+        # reads _token and _length, writes _x, _found and _seen: experts chosen, then what missed
+        x = self._x[:1]
+        x.copy_(self._rows(self._token[:1]))
+        missing, at = torch.zeros((), dtype=torch.bool, device=x.device), 0
+        for i, layer in enumerate(self.arch.layers):
+            self._attention(i, x, 0)
+            if isinstance(layer.mlp, MoE):
+                inputs = _Inputs(self, x, self._layers[i].post_norm)
+                selected, weights = self._chosen(i, inputs, None)
+                missing = missing | self._experts.found(i, selected, inputs)
+                self._seen[at, : selected.shape[1]].copy_(selected[0])
+                parts = self._experts.parts[: selected.shape[1]]
+                self._add(i, x, inputs, (parts, weights))
+                at += 1
+            else:
+                self._add(i, x, _Inputs(self, x, self._layers[i].post_norm), None)
+        self._seen[-1, 0].copy_(missing)
+        self._found.copy_(self._head_of(x))
+
+    def forget(self) -> None:
+        """The arena is another: what was captured names the old one."""
+        self._graph, self._settled = None, False
 
     def part_seconds(self) -> dict[str, float]:
         """Seconds since the decoder was made; a device does not tell its parts apart."""
@@ -162,15 +236,19 @@ class DeviceDecoder:
         if spec.clip is not None:
             q, k, v = (part.clamp(-spec.clip, spec.clip) for part in (q, k, v))
         if layer.cos is not None and layer.sin is not None and spec.rope is not None:
-            cos, sin = (t[start : start + tokens, None] for t in (layer.cos, layer.sin))
+            cos, sin = (
+                t.index_select(0, self._token[1:2]) if tokens == 1 else t[start : start + tokens]
+                for t in (layer.cos, layer.sin)
+            )
             style = spec.rope.style
-            q, k = _rotated(q, cos, sin, style), _rotated(k, cos, sin, style)
-        self.kv.put(i, start, k, v)
-        keys, values = self.kv.k[i], self.kv.v[i]
-        window = spec.window or 0
+            q = _rotated(q, cos[:, None], sin[:, None], style)
+            k = _rotated(k, cos[:, None], sin[:, None], style)
+        keys, values, window = self.kv.k[i], self.kv.v[i], spec.window or 0
         if tokens == 1:
-            out = self._kernels.attend(q, keys, values, start + 1, spec.scale, window)
+            self.kv.put_one(i, self._token[1:2], k, v)
+            out = self._kernels.attend(q, keys, values, self._length, spec.scale, window)
         else:
+            self.kv.put(i, start, k, v)
             out = attend_many(q, keys, values, start, spec.scale, window)
         out = out.reshape(tokens, spec.num_heads * size)
         x += self._linear(layer.o, self._kernels.rounded(layer.o.format, out))
@@ -183,22 +261,39 @@ class DeviceDecoder:
         return self._normed(x.view(-1, spec.head_dim), norm, None)
 
     def _feed_forward(self, i: int, x: torch.Tensor, start: int, *, guessing: bool) -> None:
-        layer, mlp = self._layers[i], self.arch.layers[i].mlp
-        inputs = _Inputs(self, x, layer.post_norm)
-        if isinstance(mlp, MoE):
-            assert layer.router is not None
-            logits = self._linear(layer.router, inputs.of(layer.router.format))
-            given = self._given(i, start, x.shape[0])
-            selected, weights = route(mlp.router, logits, given)
-            self._route(i, x, inputs, (selected, weights), guessing=guessing)
-        if layer.dense is None:
-            return
-        out = self._gated(layer.dense, inputs)
-        gate = None
-        if layer.shared_gate is not None:
-            gate = self._linear(layer.shared_gate, inputs.of(layer.shared_gate.format)).view(-1)
-        ones = torch.ones((x.shape[0], 1), device=x.device)
-        self._kernels.add_experts(x, out, ones, gate)
+        inputs, added = _Inputs(self, x, self._layers[i].post_norm), None
+        if isinstance(self.arch.layers[i].mlp, MoE):
+            chosen = self._chosen(i, inputs, self._given(i, start, x.shape[0]))
+            self._route(i, x, inputs, chosen[0], guessing=guessing)
+            added = self._experts.parts[: chosen[0].numel()], chosen[1]
+        self._add(i, x, inputs, added)
+
+    def _chosen(
+        self, i: int, inputs: _Inputs, given: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix, mlp = self._layers[i].router, self.arch.layers[i].mlp
+        assert matrix is not None
+        assert isinstance(mlp, MoE)
+        return route(mlp.router, self._linear(matrix, inputs.of(matrix.format)), given)
+
+    def _add(
+        self,
+        i: int,
+        x: torch.Tensor,
+        inputs: _Inputs,
+        routed: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """x += the routed experts' (outputs, weights), then the dense or shared part's output."""
+        layer, k = self._layers[i], self._kernels
+        out = gate = None
+        if layer.dense is not None:  # before x changes, on which `inputs` may still have to look
+            out = self._gated(layer.dense, inputs)
+            if layer.shared_gate is not None:
+                gate = self._linear(layer.shared_gate, inputs.of(layer.shared_gate.format))
+        if routed is not None:
+            k.add_experts(x, *routed, None)
+        if out is not None:
+            k.add_experts(x, out, self._ones[: len(out)], gate)
 
     def _gated(self, part: GatedOf, inputs: _Inputs) -> torch.Tensor:
         both = self._linear(part.gate_up, inputs.of(part.gate_up.format))
@@ -211,12 +306,11 @@ class DeviceDecoder:
         layer: int,
         x: torch.Tensor,
         inputs: _Inputs,
-        chosen: tuple[torch.Tensor, torch.Tensor],
+        selected: torch.Tensor,
         *,
         guessing: bool,
     ) -> None:
-        selected, weights = chosen
-        tokens, top_k = selected.shape
+        tokens = selected.shape[0]
         following = self._next_guess(layer, x) if guessing else None
         wanted = selected if following is None else torch.cat([selected, following])
         ids = wanted.cpu().numpy().astype(np.int32)  # here the host waits for the device
@@ -232,7 +326,6 @@ class DeviceDecoder:
             ahead = self._nearly_all(layer + 1, used)
             self._experts.many(layer, ids, inputs, lambda: self._ahead(layer, ahead))
         self._guess = ahead
-        self._kernels.add_experts(x, self._experts.parts[: tokens * top_k], weights, None)
 
     def _ahead(self, layer: int, experts: Sequence[int]) -> None:
         if experts and layer + 1 < len(self._layers):
@@ -285,7 +378,7 @@ class DeviceDecoder:
         return out if matrix.bias is None else out.add_(matrix.bias)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """The embeddings [T, H] of tokens: their tiles alone are unpacked."""
+        """The embeddings [T, H] of tokens, int64 on the device: their tiles alone are unpacked."""
         fmt, packed, rows, cols, _ = self._embed
         tile = FORMATS[fmt].tile_bytes(cols)
         last = rows // TILE_ROWS * TILE_ROWS  # where a format without padding ends inside a tile
@@ -293,7 +386,7 @@ class DeviceDecoder:
             room = torch.zeros(tile, dtype=torch.uint8, device=packed.device)
             room[: packed.numel() - last // TILE_ROWS * tile] = packed[last // TILE_ROWS * tile :]
             packed = torch.cat([packed[: last // TILE_ROWS * tile], room])
-        at = ids.to(self.device.torch)
+        at = ids
         tiles = packed.view(-1, tile)[at // TILE_ROWS].reshape(-1)
         found = self._kernels.unpack(fmt, tiles, 0, TILE_ROWS * ids.numel(), cols)
         each = torch.arange(ids.numel(), device=at.device)

@@ -263,6 +263,25 @@ def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
+def captured(device: Device, work: Callable[[], None]) -> Callable[[], object]:
+    """`work` as one launch, where the device can keep it (a CUDA graph); else as it is.
+
+    work reads and writes buffers that stay where they are, and never looks at a result.
+    """
+    if device.torch.type != "cuda":
+        return work
+    side = torch.cuda.Stream(device.torch)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is compiled or set up at first use must not be captured
+        work()
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
 def timed(device: Device, work: Callable[[], object]) -> float:
     """Seconds that `work` takes on the device, the host's part included."""
     device.synchronize()

@@ -62,6 +62,14 @@ class DeviceExperts:
     ) -> None:
         self.cache, self.arena, self.parts, self.host = cache, arena, parts, host
         self._device, self._kernels, self._layers = device, kernels, layers
+        where = device.torch
+        self._bases = {
+            n: torch.full((entry.experts,), -1, dtype=torch.int64, device=where)
+            for n, entry in layers.items()
+        }
+        self._tier_of = {
+            n: torch.tensor(entry.tier_of, device=where) for n, entry in layers.items()
+        }
         longest = max(entry.experts for entry in layers.values())
         self._ring = torch.zeros((_RING, 2, longest), dtype=torch.int64)
         if device.torch.type == "cuda":
@@ -81,6 +89,31 @@ class DeviceExperts:
                 self._from_host(layer, ranked, inputs)
             else:
                 self._one(layer, [(ranks[e], e, page) for e, page in batch.experts], inputs)
+
+    def table(self) -> None:
+        """Tells the device where experts are, before it looks for them itself."""
+        if self.cache.changed:
+            for layer, bases in self.cache.bases.items():
+                self._bases[layer].copy_(torch.from_numpy(bases))
+            self.cache.changed = False
+
+    def found(self, layer: int, selected: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """One token's experts selected [1, K], where the table says; whether one was not there,
+        bool [] on the device: its part is then stale."""
+        entry, k = self._layers[layer], self._kernels
+        bases = self._bases[layer][selected[0]]
+        tiers = self._tier_of[layer][selected[0]]
+        for tier, layout in enumerate(entry.tiers):
+            mine = bases
+            if len(entry.tiers) > 1:
+                mine = torch.where(tiers == tier, bases, -1)
+            x, rows = inputs.of(layout.gate_up_format), layout.gate_up_shape[0]
+            both = k.experts(layout.gate_up_format, x, self.arena, mine, rows, x.shape[1])
+            hidden = k.gated(both, layout.expert_size, layout.down_format)
+            below = torch.where(mine < 0, mine, mine + layout.down)
+            out, fmt = self.parts[: len(bases)], layout.down_format
+            k.experts(fmt, hidden, self.arena, below, *layout.down_shape, out=out)
+        return (bases < 0).any()
 
     def many(self, layer: int, ids: I32, inputs: Inputs, between: Callable[[], None]) -> None:
         """A chunk's experts ids [T, K]: each is computed once, for all its tokens."""

@@ -26,6 +26,11 @@ class DeviceKV:
         self.k = [device.zeros(shape, DTYPES[kv]) for shape in shapes]
         self.v = [device.zeros(shape, DTYPES[kv]) for shape in shapes]
 
+    def put_one(self, layer: int, at: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keeps k, v [1, NK, D] of the position `at`, int64 [1] on the device."""
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            kept.index_copy_(1, at, new.transpose(0, 1).to(kept.dtype))
+
     def put(self, layer: int, start: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Keeps k, v [T, NK, D] of the positions start.. of a layer."""
         end = start + k.shape[0]

@@ -12,7 +12,7 @@ import torch
 from moelite import warm
 from moelite.arch import Arch
 from moelite.attention import KVFormat
-from moelite.budget import Footprint, Sizes, floating_slots, refuse, slot_counts
+from moelite.budget import Footprint, Sizes, refuse, slot_counts
 from moelite.cache import CacheStats, UpperCache
 from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Split
 from moelite.drive import DriveSpeed
@@ -64,7 +64,9 @@ class DeviceModel(Model):
     know, as that the device has less room than planned.
     """
 
-    def __init__(
+    _decoder: DeviceDecoder
+
+    def __init__(  # noqa: PLR0913 - what `load` decided
         self,
         store: Store,
         arch: Arch,
@@ -104,6 +106,7 @@ class DeviceModel(Model):
             self.experts,
             slots=slot_counts(store.layers, self._plan.slots),
             quotas=self._plan.slots.quotas,
+            experts={layer: entry.experts for layer, entry in store.layers.items()},
             send=self._send,
         )
         if miss != "copy":
@@ -176,6 +179,7 @@ class DeviceModel(Model):
         slots = slot_counts(self.store.layers, self._plan.slots)
         self.upper.divide(slots, self._plan.slots.quotas)
         self.footprint = replace(self.footprint, device=self._plan)
+        self._decoder.forget()
 
     def _send(self, layer: int, page: int, slot: int) -> Arrival:
         size = self.store.layers[layer].slot_bytes
@@ -242,7 +246,7 @@ class DeviceModel(Model):
         self.device.close()
 
 
-def load_on(
+def load_on(  # noqa: PLR0913 - the rest of `load`'s choices
     device: str,
     store: Store,
     sizes: Sizes,
