@@ -66,9 +66,7 @@ def attend_split(
 
 
 @triton.jit
-def attend_join(
-    state, mixed, out, SIZE: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr
-):
+def attend_join(state, mixed, out, SIZE: tl.constexpr, WIDE: tl.constexpr, SPLITS: tl.constexpr):
     # the splits of a head -> out [N, SIZE]; an empty split has maximum -inf and counts for nothing
     head, split, d = tl.program_id(0), tl.arange(0, SPLITS), tl.arange(0, WIDE)
     at = head * SPLITS + split
