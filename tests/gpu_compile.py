@@ -56,7 +56,7 @@ def tiles(name: str) -> list[Any]:
             given[which] = None
         else:
             types[which] = kinds[table.dtype]
-    shape = {"TILES": cut.tiles, "CHUNK": cut.chunk}
+    shape = {"TILES": cut.tiles, "CHUNK": cut.units * constants["UNIT"] // 32}
     alone = {"bases": None, "target": None}
     return [
         compiled(triton_tiles.gemv_tiles, given | shape, types, num_warps=cut.warps),
@@ -84,8 +84,9 @@ def steps() -> list[Any]:
         for centred, none in ((True, {}), (False, {"bias": None}), (False, {"weight": None})):
             norm = some | none | {"CENTRED": centred, "BLOCKS": 64}
             found.append(compiled(triton_steps.norm_rows, norm, {}, num_warps=8))
-    for gate in ({}, {"gate": None}):
-        found.append(compiled(triton_steps.add_rows, {"BLOCK": 256, **gate}, {}, num_warps=2))
+    for none in ({}, {"gate": None}):
+        add = compiled(triton_steps.add_rows, {"BLOCK": 256, **none}, {}, num_warps=2)
+        found.append(add)
     return found
 
 
@@ -95,8 +96,9 @@ def attention() -> list[Any]:
     for together, size, wide in ((1, 128, 128), (2, 80, 128), (4, 64, 64)):
         both = {"SIZE": size, "WIDE": wide, "SPLITS": 16}
         more = {"HEADS": together, "GROUP": together, "BLOCK": 16}
-        for length in ({}, {"length": None}):
-            found.append(compiled(triton_attend.attend_split, both | more | length, {}))
+        for none in ({}, {"length": None}):
+            split = compiled(triton_attend.attend_split, both | more | none, {})
+            found.append(split)
         found.append(compiled(triton_attend.attend_join, both, {}))
     return found
 

@@ -1,8 +1,10 @@
 """Triton: how the tiles of every format become float32, for the kernels of triton_tiles.py.
 
-A tile is looked at in lanes [tiles, units, 8 rows]: a unit is UNIT neighbouring columns, 8 where
+A tile is looked at in lanes [8 rows, units, tiles]: a unit is UNIT neighbouring columns, 8 where
 codes are 4 bits, else 4, so a lane of 4-bit or 8-bit codes is one 32-bit word. Neighbouring units
-of a group of blocks follow one another in memory: a warp reads one run of bytes.
+of a group of blocks follow one another in memory: a warp reads one run of bytes. Rows come first
+because the compiler gives a table's lookups the first dimension as the one that threads run along:
+so they keep the layout of the codes, and nothing is exchanged between threads.
 
 KIND of a format is its place in KINDS; functions that depend on it are resolved when compiled.
 """
@@ -81,7 +83,7 @@ def values(
 ):
     """UNIT float32 tensors, one a column, of lanes before their scales.
 
-    at: uint8 pointers [tiles, 1, 1]; lanes: (first block of the run, unit of the run, row).
+    at: uint8 pointers [1, 1, tiles]; lanes: (first block of the run, unit of the run, row).
     """
     first, unit, row = lanes
     words = at.to(tl.pointer_type(tl.int32))
@@ -158,7 +160,7 @@ def block_scale(
 
 @triton.jit
 def row_scale(at, row, there, KIND: tl.constexpr):
-    """The factor of whole rows, float32 [tiles, 1, 8], of the kinds that have one."""
+    """The factor of whole rows, float32 [8, 1, tiles], of the kinds that have one."""
     if KIND == VQ:
         halves = at.to(tl.pointer_type(tl.uint16))
         bits = tl.load(halves + row, mask=there, other=0).to(tl.int32) << 16

@@ -21,10 +21,14 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How a format's product is cut: tiles of a program, blocks of columns at a time, warps."""
+    """How a format's product is cut: tiles of a program, units of columns at a time, warps.
+
+    Fewer units than threads: the compiler then loads activations where they are used, and moves
+    none between threads.
+    """
 
     tiles: int = 1
-    chunk: int = 16
+    units: int = 64
     warps: int = 4
 
 
@@ -153,7 +157,7 @@ class TritonKernels(Kernels):
                 *(*given, FORMATS[fmt].tile_bytes(cols), *steps, *tables),
                 **constants,
                 TILES=cut.tiles,
-                CHUNK=cut.chunk,
+                CHUNK=cut.units * constants["UNIT"] // BLOCK,
                 num_warps=cut.warps,
             )
 

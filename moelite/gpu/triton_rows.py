@@ -38,7 +38,7 @@ def gemv_rows(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     places, column = row.to(tl.int64) * cols, tl.arange(0, COLS)[None, :]
     acc = tl.zeros([ROWS, COLS], tl.float32)
-    whole = packed + tl.multiple_of(begin, 16)
+    whole = packed + begin // 16 * 16
     for first in range(0, cols, COLS):
         at = first + column
         there = (row < rows) & (at < cols)
@@ -104,7 +104,7 @@ def gemv_qmoe(
     if target is not None:
         to = tl.load(target + p).to(tl.int64)
     row = tl.program_id(0)
-    whole = packed + tl.multiple_of(begin, 16)
+    whole = packed + begin // 16 * 16
     words = whole.to(tl.pointer_type(tl.uint16))
     first, count = row_codes(whole, rows, row)
     codes = words + 4 * rows.to(tl.int64) + 2
@@ -128,7 +128,7 @@ def gemv_qmoe(
 def unpack_qmoe(packed, base, out, rows, cols, masks, CODES: tl.constexpr):
     # the weights that are not 0, into out f32 [rows, cols] of zeros
     row = tl.program_id(0)
-    whole = packed + tl.multiple_of(row.to(tl.int64) * 0 + base, 16)
+    whole = packed + (row.to(tl.int64) * 0 + base) // 16 * 16
     words = whole.to(tl.pointer_type(tl.uint16))
     first, count = row_codes(whole, rows, row)
     codes, start = words + 4 * rows.to(tl.int64) + 2, row * 0

@@ -56,27 +56,30 @@ def gemv_tiles(
             return
     if target is not None:
         to = tl.load(target + p).to(tl.int64)
-    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[:, None, None]
-    unit, row = tl.arange(0, CHUNK * 32 // UNIT)[None, :, None], tl.arange(0, 8)[None, None, :]
-    held, size = tile * 8 < rows, tl.multiple_of(tile_bytes, 16)
-    at = packed + tl.multiple_of(begin, 16) + tile.to(tl.int64) * size
-    acc = tl.zeros([TILES, CHUNK * 32 // UNIT, 8], tl.float32)
-    xs = x + p * x_step
+    tile = tl.program_id(0) * TILES + tl.arange(0, TILES)[None, None, :]
+    row, unit = tl.arange(0, 8)[:, None, None], tl.arange(0, CHUNK * 32 // UNIT)[None, :, None]
+    held = tile * 8 < rows
+    # spelt so that the compiler sees what loads of 16 bytes need
+    at = packed + begin // 16 * 16 + tile.to(tl.int64) * (tile_bytes // 16) * 16
+    acc = tl.zeros([8, CHUNK * 32 // UNIT, TILES], tl.float32)
+    # x is loaded in one dimension: in three, each thread would load it once for each of its rows
+    xs, along = x + p * x_step, tl.arange(0, CHUNK * 32 // UNIT) * UNIT
     for first in range(0, tl.cdiv(cols, 32), CHUNK):
-        column = first * 32 + unit * UNIT
         block = first + unit // (32 // UNIT)
-        there = held & (block * 32 < cols) & (row < 8)
+        there = held & (block * 32 < cols)
         lanes = first, unit, row
         found = values(at, lanes, there, table, second, KIND, HEAD, SCALES, D0, D1)
-        part = tl.zeros([TILES, CHUNK * 32 // UNIT, 8], tl.float32)
+        part = tl.zeros([8, CHUNK * 32 // UNIT, TILES], tl.float32)
         for j in tl.static_range(UNIT):
-            part += found[j] * tl.load(xs + column + j, mask=column + j < cols, other=0.0)
+            column = first * 32 + along + j
+            value = tl.load(xs + column, mask=column < cols, other=0.0)
+            part += found[j] * value[None, :, None]
         if KIND != VQ:
             part *= block_scale(at, block, row, there, cols // 64, second, KIND, HEAD, SCALES)
         acc += part
     total = tl.sum(acc, axis=1)[:, None, :]
     if KIND == INT4 or KIND == INT4_F16 or KIND == VQ:
-        total *= row_scale(at, row, held & (row < 8), KIND)
+        total *= row_scale(at, row, held, KIND)
     index = tile * 8 + row
     tl.store(out + to * out_step + index, total, mask=index < rows)
 
@@ -106,25 +109,25 @@ def unpack_tiles(
     CHUNK: tl.constexpr,
 ):
     # the matrix at packed[base] -> out f32 [rows, cols]: entry * scale, then * row scale
-    tile, first = tl.program_id(0) + tl.arange(0, 1)[:, None, None], tl.program_id(1) * CHUNK
-    unit, row = tl.arange(0, CHUNK * 32 // UNIT)[None, :, None], tl.arange(0, 8)[None, None, :]
-    begin = tl.multiple_of(tl.program_id(0).to(tl.int64) * 0 + base, 16)
-    at = packed + begin + tile.to(tl.int64) * tl.multiple_of(tile_bytes, 16)
+    tile, first = tl.program_id(0) + tl.arange(0, 1)[None, None, :], tl.program_id(1) * CHUNK
+    row, unit = tl.arange(0, 8)[:, None, None], tl.arange(0, CHUNK * 32 // UNIT)[None, :, None]
+    begin = (tl.program_id(0).to(tl.int64) * 0 + base) // 16 * 16
+    at = packed + begin + tile.to(tl.int64) * (tile_bytes // 16) * 16
     column, block = first * 32 + unit * UNIT, first + unit // (32 // UNIT)
-    there = (block * 32 < cols) & (row < 8) & (tile >= 0)
+    there = (block * 32 < cols) & (tile * 8 < rows)
     found = values(at, (first, unit, row), there, table, second, KIND, HEAD, SCALES, D0, D1)
     both = join4(found[0], found[1], found[2], found[3])
-    full = tl.reshape(both, [1, CHUNK * 32 // UNIT, 8, 4])
+    full = tl.reshape(both, [8, CHUNK * 32 // UNIT, 1, 4])
     if UNIT == 8:
         rest = tl.reshape(join4(found[4], found[5], found[6], found[7]), full.shape)
         # [.., 4, low or high] -> [.., low or high, 4]
         full = tl.permute(tl.join(full, rest), (0, 1, 2, 4, 3))
-        full = tl.reshape(full, [1, CHUNK * 32 // UNIT, 8, 8])
+        full = tl.reshape(full, [8, CHUNK * 32 // UNIT, 1, 8])
     if KIND != VQ:
         scale = block_scale(at, block, row, there, cols // 64, second, KIND, HEAD, SCALES)
         full *= scale[:, :, :, None]
     if KIND == INT4 or KIND == INT4_F16 or KIND == VQ:
-        full *= row_scale(at, row, row < 8, KIND)[:, :, :, None]
+        full *= row_scale(at, row, tile * 8 < rows, KIND)[:, :, :, None]
     index = (tile * 8 + row).to(tl.int64)
     col = column[:, :, :, None] + tl.arange(0, UNIT)[None, None, None, :]
     mask = (index < rows)[:, :, :, None] & (col < cols)

@@ -42,8 +42,8 @@ BLOCK_BYTES = {
 def head_bytes(name: str, cols: int) -> int:
     """The head of a tile of a format of BLOCK_BYTES, with rows of `cols`."""
     blocks, (scales, codes) = pad(cols, BLOCK) // BLOCK, BLOCK_BYTES[name]
-    size: int = FORMATS[name].tile_bytes(cols)
-    return size - pad(blocks, GROUP) * scales - blocks * codes
+    size = pad(blocks, GROUP) * scales + blocks * codes
+    return int(FORMATS[name].tile_bytes(cols) - size)
 
 
 @functools.cache
