@@ -99,15 +99,15 @@ def test_the_package_imports_only_what_it_declares() -> None:
     declared = {distribution(r) for r in SETTINGS["project"]["dependencies"]}
     extras = SETTINGS["project"]["optional-dependencies"]
     own = {
-        name: {distribution(r) for r in extras[extra]}
-        for name, extra in (("gpu.py", "gpu"), ("plot.py", "report"))
+        place: {distribution(r) for r in extras[extra]}
+        for place, extra in (("gpu", "gpu"), ("plot.py", "report"))
     }
     owners = importlib.metadata.packages_distributions()
     for top in ("moelite", *LINKED):
         for path in files_of(ROOT / top):
             if path.suffix != ".py":
                 continue
-            allowed = declared | own.get(path.name, set())
+            allowed = declared | own.get(path.name, own.get(path.parent.name, set()))
             for name in third_party(path):
                 dists = {distribution(d) for d in owners.get(IMPLIED.get(name, name), [name])}
                 assert dists & allowed, f"{path}: {name} is not a declared dependency"
