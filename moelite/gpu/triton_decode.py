@@ -114,13 +114,13 @@ def values(
 
 
 @triton.jit
-def nested_absmax(at, place, span, row, spans, there, absmax, HEAD: tl.constexpr):
+def nested_absmax(at, place, span, row, spans, there, held, absmax, HEAD: tl.constexpr):
     """nf4-dq's absmax: of codes at byte `place` of a tile, see quant/nf4_dq.py."""
     head = at.to(tl.pointer_type(tl.float32))
     code = tl.load(at + HEAD + place + row, mask=there, other=0).to(tl.int32)
-    before = tl.load(head + 1, mask=there, other=0).to(tl.int32)
+    before = tl.load(head + 1, mask=held, other=0).to(tl.int32)
     nested = tl.load(head + 2 + (before + span + row * spans) // 256, mask=there, other=0)
-    return tl.load(absmax + code) * nested + tl.load(head, mask=there, other=0)
+    return tl.load(absmax + code) * nested + tl.load(head, mask=held, other=0)
 
 
 @triton.jit
@@ -129,13 +129,15 @@ def block_scale(
     block,
     row,
     there,
+    held,
     spans,
     absmax,
     KIND: tl.constexpr,
     HEAD: tl.constexpr,
     SCALES: tl.constexpr,
 ):
-    """The scales of lanes' blocks, float32. block: [1, units, 1]; spans: absmax of a row."""
+    """The scales of lanes' blocks, float32. block: [1, units, 1]; held: whether a tile is
+    there, [1, 1, tiles]; spans: absmax of a row."""
     codes: tl.constexpr = 2048 if KIND == INT8 else 1024  # of a group
     group, inner = block // 8 * (8 * SCALES + codes), block % 8
     if KIND == INT8 or KIND == INT4_F16:
@@ -154,7 +156,7 @@ def block_scale(
         scale = tl.load(words + group // 4 + inner // 2 * 8 + row, mask=there, other=0)
     else:
         place = group + inner // 2 * 8
-        scale = nested_absmax(at, place, block // 2, row, spans, there, absmax, HEAD)
+        scale = nested_absmax(at, place, block // 2, row, spans, there, held, absmax, HEAD)
     return scale
 
 

@@ -75,7 +75,7 @@ def gemv_tiles(
             value = tl.load(xs + column, mask=column < cols, other=0.0)
             part += found[j] * value[None, :, None]
         if KIND != VQ:
-            part *= block_scale(at, block, row, there, cols // 64, second, KIND, HEAD, SCALES)
+            part *= block_scale(at, block, row, there, held, cols // 64, second, KIND, HEAD, SCALES)
         acc += part
     total = tl.sum(acc, axis=1)[:, None, :]
     if KIND == INT4 or KIND == INT4_F16 or KIND == VQ:
@@ -114,7 +114,8 @@ def unpack_tiles(
     begin = (tl.program_id(0).to(tl.int64) * 0 + base) // 16 * 16
     at = packed + begin + tile.to(tl.int64) * (tile_bytes // 16) * 16
     column, block = first * 32 + unit * UNIT, first + unit // (32 // UNIT)
-    there = (block * 32 < cols) & (tile * 8 < rows)
+    held = tile * 8 < rows
+    there = held & (block * 32 < cols)
     found = values(at, (first, unit, row), there, table, second, KIND, HEAD, SCALES, D0, D1)
     both = join4(found[0], found[1], found[2], found[3])
     full = tl.reshape(both, [8, CHUNK * 32 // UNIT, 1, 4])
@@ -124,10 +125,10 @@ def unpack_tiles(
         full = tl.permute(tl.join(full, rest), (0, 1, 2, 4, 3))
         full = tl.reshape(full, [8, CHUNK * 32 // UNIT, 1, 8])
     if KIND != VQ:
-        scale = block_scale(at, block, row, there, cols // 64, second, KIND, HEAD, SCALES)
+        scale = block_scale(at, block, row, there, held, cols // 64, second, KIND, HEAD, SCALES)
         full *= scale[:, :, :, None]
     if KIND == INT4 or KIND == INT4_F16 or KIND == VQ:
-        full *= row_scale(at, row, tile * 8 < rows, KIND)[:, :, :, None]
+        full *= row_scale(at, row, held, KIND)[:, :, :, None]
     index = (tile * 8 + row).to(tl.int64)
     col = column[:, :, :, None] + tl.arange(0, UNIT)[None, None, None, :]
     mask = (index < rows)[:, :, :, None] & (col < cols)
