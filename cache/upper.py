@@ -67,15 +67,17 @@ class Decision(NamedTuple):
     evicted: list[int]
 
 
-def decide(lru: LayerLRU, experts: Sequence[int], split: Split) -> Decision:
-    """Looks up `experts`, in the router's order; what is computed on the host does not enter.
+def copied_of(lru: LayerLRU, misses: int, split: Split) -> int:
+    """How many of a layer's misses are copied: as the split has it, or what the layer has room for
+    as long as it is not full."""
+    return max(min(misses, lru.capacity - len(lru.resident)), split.copied(misses))
 
-    As long as the layer is not full, what misses is copied.
-    """
+
+def decide(lru: LayerLRU, experts: Sequence[int], split: Split) -> Decision:
+    """Looks up `experts`, in the router's order; what is computed on the host does not enter."""
     once = list(dict.fromkeys(experts))
     misses = [e for e in once if e not in lru]
-    room = min(len(misses), lru.capacity - len(lru.resident))
-    copied = misses[: max(room, split.copied(len(misses)))]
+    copied = misses[: copied_of(lru, len(misses), split)]
     host = set(misses[len(copied) :])
     found = lru.lookup([e for e in once if e not in host])
     return Decision(found.hits, found.misses, misses[len(copied) :], found.evicted)
@@ -180,21 +182,23 @@ class UpperCache:
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begins to bring experts that `layer` will perhaps need: to the device, or to memory.
 
+        In the router's order, as far as it is guessed: what the host would compute stays below.
         Only into slots that nothing needs now; one stays free.
         """
-        missing = []
-        for expert in experts:
+        lru, free = self._layer(layer), self._free[self.sizes[layer]]
+        away = [expert for expert in experts if expert not in lru]
+        copied = copied_of(lru, len(away), self.split)
+        absent = []
+        for place, expert in enumerate(away):
             key = ExpertKey(layer, expert)
-            if key in self._slot or key in self._ahead:
-                continue
             page = self.below.slot_of(layer, expert)
             if page < 0:
-                missing.append(expert)
-            elif len(self._free[self.sizes[layer]]) > 1:
-                slot = self._free[self.sizes[layer]].popleft()
+                absent.append(expert)
+            elif place < copied and key not in self._ahead and len(free) > 1:
+                slot = free.popleft()
                 self._ahead[key] = slot, self._start(layer, page, slot)
-        if missing:
-            self.below.prefetch(layer, missing)
+        if absent:
+            self.below.prefetch(layer, absent)
 
     def batches(self, layer: int, experts: Sequence[int], *, one: bool) -> Iterator[Batch]:
         """Yields every needed expert once: residents first, then what comes up from below.

@@ -52,12 +52,13 @@ multiply, row = make_products("int4_f16", LAYOUT, _PARTS, FULL)
 def _row_scales(scales: F32) -> F32:
     """Powers of two [n, 1] by which rows of scales [n, blocks] are divided to become fp16.
 
-    1 where that is exact; otherwise what brings the largest to 2^15, fp16's last octave.
+    1 where that is exact; otherwise what brings the largest to 2^14, an octave below fp16's last:
+    there, rounding can end at infinity.
     """
     largest = np.abs(scales).max(axis=1, keepdims=True, initial=0)
     halves = np.clip(scales, -65504, 65504).astype(np.float16)
     exact = (halves.astype(np.float32) == scales).all(axis=1, keepdims=True)
-    power = np.exp2(np.maximum(np.frexp(largest)[1] - 16, -126).astype(np.float32))
+    power = np.exp2(np.maximum(np.frexp(largest)[1] - 15, -126).astype(np.float32))
     return np.where(exact, np.float32(1), power)
 
 

@@ -142,3 +142,14 @@ def test_int4_f16_searches_as_well_as_int4() -> None:
         for fmt in (FORMATS["int4-f16"], FORMATS["int4"])
     ]
     assert errors[0] < 1.005 * errors[1]
+
+
+def test_scales_at_the_edge_of_fp16_stay_finite() -> None:
+    rng = np.random.default_rng(4)
+    weight = rng.normal(size=(24, 608)) * 10.0 ** rng.integers(-3, 2, (24, 1))
+    fmt = FORMATS["int4-f16"]
+    weight = weight.astype(np.float32)
+    kept = fmt.unpack(fmt.pack(weight), *weight.shape)
+    assert np.isfinite(kept).all()
+    error = np.square(kept - weight).sum(1) / np.square(weight).sum(1)
+    assert error.max() < 0.01
