@@ -16,7 +16,7 @@ import torch
 from moelite.arch import Arch, Attention, Linear, MoE
 from moelite.budget import floating_slots
 from moelite.gpu.device import Device, captured
-from moelite.gpu.experts import DeviceExperts, many
+from moelite.gpu.experts import DeviceExperts
 from moelite.gpu.kv import DeviceKV, attend_many
 from moelite.gpu.layers import RopeTables, load_layer, rotated
 from moelite.gpu.products import Kernels
@@ -356,7 +356,8 @@ class DeviceDecoder:
 
     def _linear(self, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
         """x [T, cols], rounded as its format wants, -> [T, rows], bias included."""
-        out = many(self._kernels, matrix, x)
+        fmt, packed, rows, cols, _ = matrix
+        out = self._kernels.linear(fmt, x, packed, 0, rows, cols)
         return out if matrix.bias is None else out.add_(matrix.bias)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from moelite.lookahead import Choice, Lookahead
 from moelite.machine import memory
 from moelite.quant.base import PAGE
 from moelite.store import Store
-from moelite.units import MIB, parse_bytes, show_bytes
+from moelite.units import parse_bytes, show_bytes
 
 Miss = Literal["auto", "copy", "cpu"]
 _SHRINK = 0.9  # of the arena, when the device turns out to be fuller than it said
@@ -144,6 +144,7 @@ class DeviceModel(Model):
             try:
                 self._arena = self.device.zeros((size,), torch.uint8)
                 self._plan = plan
+                self.footprint = replace(self.footprint, device=plan)
                 return
             except torch.OutOfMemoryError:
                 self.device.drop_cached()
@@ -151,7 +152,8 @@ class DeviceModel(Model):
 
     def _smaller(self, plan: DevicePlan) -> DevicePlan:
         arena = plan.parts[-1].bytes
-        budget = plan.budget_bytes - max(arena - int(_SHRINK * arena), MIB)
+        record = max(entry.slot_bytes for entry in self.store.layers.values())
+        budget = plan.used_bytes - max(arena - int(_SHRINK * arena), record)
         less = plan_device(
             self.sizes,
             plan.device,
@@ -178,7 +180,6 @@ class DeviceModel(Model):
         self._on_device.arena = self._arena
         slots = slot_counts(self.store.layers, self._plan.slots)
         self.upper.divide(slots, self._plan.slots.quotas)
-        self.footprint = replace(self.footprint, device=self._plan)
         self._decoder.forget()
 
     def _send(self, layer: int, page: int, slot: int) -> Arrival:
