@@ -19,41 +19,21 @@ from moelite.drive import DriveSpeed
 from moelite.engine import Model
 from moelite.gpu.decoder import DeviceDecoder
 from moelite.gpu.device import Arrival, Device, Link, timed
-from moelite.gpu.devices import Free, video_memory
+from moelite.gpu.devices import Place, video_memory
 from moelite.gpu.experts import DeviceExperts
 from moelite.gpu.host import HostExperts
 from moelite.gpu.kv import DeviceKV
-from moelite.gpu.plan import DevicePlan, plan_beside, plan_device, refuse_device
+from moelite.gpu.plan import DevicePlan, plan_both, plan_device, refuse_device
 from moelite.gpu.products import kernels_for
 from moelite.gpu.weights import Weights
 from moelite.lookahead import Choice, Lookahead
-from moelite.machine import memory
 from moelite.quant.base import PAGE
 from moelite.store import Store
-from moelite.units import MIB, parse_bytes, show_bytes
+from moelite.units import MIB, show_bytes
 
 Miss = Literal["auto", "copy", "cpu"]
 _SHRINK = 0.9  # of the arena, when the device turns out to be fuller than it said
 _PROBES = 5
-
-
-def vram_budget(vram: str | int | None, free: Free | None) -> int:
-    """Bytes named by `vram`; without it nine tenths of what is free on the device, or where a
-    device has no memory of its own, two fifths of what is free in the machine."""
-    if vram is not None:
-        total = memory().limit_bytes if free is None else free.total_bytes
-        return parse_bytes(vram, total=total)
-    return memory().available_bytes * 2 // 5 if free is None else free.free_bytes * 9 // 10
-
-
-def plan_both(
-    sizes: Sizes, device: str, ram: int, vram: str | int | None, chunk: int | None = None
-) -> Footprint:
-    """Where the memory of the machine and of the device goes."""
-    free = video_memory(device)
-    card = ("", None, None) if free is None else (free.name, free.total_bytes, free.free_bytes)
-    found = plan_device(sizes, device, vram_budget(vram, free), chunk, card)
-    return plan_beside(sizes, ram, found)
 
 
 class DeviceModel(Model):
@@ -262,7 +242,7 @@ def load_on(  # noqa: PLR0913 - the rest of `load`'s choices
     on_note: Callable[[str], None] | None,
 ) -> DeviceModel:
     """Loads a store onto a device. Raises BudgetError if it does not fit there, or beside it."""
-    footprint = plan_both(sizes, device, ram, vram, chunk)
+    footprint = plan_both(sizes, Place(device, video_memory(device)), ram, vram, chunk)
     assert footprint.device is not None
     if not footprint.device.fits:
         raise refuse_device(footprint.device, store.path.name)
