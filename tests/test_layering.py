@@ -28,7 +28,7 @@ LAYERS = (
         "verify",
         "foresee",
     },
-    {"outlook", "meter"},
+    {"outlook", "meter", "tiers"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {
         "inventory",

@@ -1,0 +1,388 @@
+"""How fast a model will be on a device, whose memory is the first cache and the machine's the next.
+
+Of the m experts that a layer misses on the device, some are copied there and the others computed on
+the CPU, as moelite.cache.upper.Split has it, both at once; those that are not in memory either are
+first read from the drive. A longer list of what was used last holds all that a shorter one holds,
+so a share 1 - max(h(device), h(memory)) of all lookups goes to the drive. What a miss takes in all,
+on average, stands for the drive's time in moelite.forecast, which does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from math import comb
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from moelite.budget import Footprint, Sizes, floating_slots
+from moelite.cache.upper import Split
+from moelite.forecast import (
+    Basis,
+    Decode,
+    Forecast,
+    Help,
+    Hits,
+    Point,
+    Rate,
+    Setting,
+    Side,
+    Speeds,
+    Work,
+    around,
+    decode,
+    forecast,
+    layer_hit_rate,
+    prefill_seconds,
+    weakest,
+)
+from moelite.gpu.devices import Free, Place
+from moelite.gpu.plan import DevicePlan, plan_beside, plan_device
+from moelite.outlook import PROMPT_TOKENS, speeds_here, work_of
+from moelite.units import MIB
+
+POINTS = 6
+LAUNCHES = 30  # kernels of a layer while the host looks on
+LAUNCH_S = 10e-6  # of one, by torch from Python, where nobody has measured it
+UNSEEN_S = 3e-6  # of one in a graph, which a token runs as where every expert is on the device
+MISS_S = 0.1e-3  # to handle a miss: as of the CPU path, less the read
+HAND_OVER_S = 50e-6  # a token's activations to the CPU and the result back
+_SIDES: tuple[Side, ...] = ("low", "likely", "high")
+
+# A card that nobody has seen: from the memory of a laptop's to that of the fastest for a desk
+UNKNOWN_MEMORY = Rate(0.2e12, 0.4e12, 1.0e12, "estimated")
+UNKNOWN_LINK = Rate(10e9, 20e9, 25e9, "estimated")  # 16 lanes of PCIe 4, well and badly used
+UNKNOWN_MACS = Rate(1e12, 5e12, 30e12, "estimated")
+# Shares of what clocks and widths promise that small products and copies reach
+_MEMORY_SHARE, _LINK_SHARE = (0.35, 0.6, 0.85), (0.6, 0.8, 0.9)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpeeds:
+    """What a device does a second, and the machine beside it.
+
+    cpu: of the machine: the CPU's products, the drive. miss: as of `load`. hand_over_s: to give a
+    token to the CPU and have it back. about: what this rests on, in words.
+    """
+
+    cpu: Speeds
+    weight_bytes_s: Rate
+    link_bytes_s: Rate
+    prefill_macs_s: Rate
+    launch_s: float = LAUNCH_S
+    hand_over_s: float = HAND_OVER_S
+    miss: Literal["auto", "copy", "cpu"] = "auto"
+    about: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceForecast(Forecast):
+    """A Forecast whose budget, hit rate and curve are of the device's memory, beside `ram_bytes`.
+
+    The drive's speed in `speeds` is what a miss takes in all. memory_hit_rate: share of the lookups
+    that missed on the device which memory answers; read_bytes: from the drive. copied_bytes: over
+    the link for each token; on_cpu: experts of a token that the CPU computes. link_s, drive_s: of a
+    token, likely, before anything hides it; link_s counts the CPU's part, too.
+    """
+
+    device: str
+    card: str
+    here: bool
+    ram_bytes: int
+    memory_hit_rate: Rate
+    copied_bytes: Rate
+    on_cpu: float
+    link_s: float
+    drive_s: float
+    link_bytes_s: Rate
+    disk_bytes_s: Rate
+    about: str
+
+
+class _Traffic(NamedTuple):
+    """Of one token: experts missed on the device, of them copied and not in memory; seconds."""
+
+    misses: float
+    copied: float
+    disk: float
+    link_s: float
+    drive_s: float
+
+
+class _Quotas(NamedTuple):
+    """Experts kept in each layer, on the device and in memory."""
+
+    device: tuple[int, ...]
+    memory: tuple[int, ...]
+
+
+def split_of(work: Work, here: DeviceSpeeds, side: Side) -> Split:
+    """Where misses are computed, by these speeds."""
+    never = float("inf")
+    copy_s = work.record_bytes / here.link_bytes_s.at(side)
+    host_s = work.expert_bytes / here.cpu.weight_bytes_s.at(side)
+    return Split(
+        never if here.miss == "cpu" else copy_s,
+        never if here.miss == "copy" else host_s,
+        here.hand_over_s,
+    )
+
+
+def traffic(
+    work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds, side: Side = "likely"
+) -> _Traffic:
+    """What one token misses, and how long that takes where nothing hides it."""
+    split, hit = split_of(work, here, side), hits.at(side)
+    read_s = work.record_bytes / here.cpu.drive_bytes_s.at(side)
+    misses = copied = disk = link_s = 0.0
+    for (experts, k), device, memory in zip(work.moe, *kept, strict=True):
+        above = layer_hit_rate(hit, experts, device)
+        both = max(above, layer_hit_rate(hit, experts, memory))
+        misses += k * (1 - above)
+        disk += k * (1 - both)
+        for m in range(1, k + 1):
+            chance = comb(k, m) * (1 - above) ** m * above ** (k - m)
+            n = split.copied(m)
+            copied += chance * n
+            link_s += chance * seconds(split, m, n)
+    return _Traffic(misses, copied, disk, link_s, disk * read_s)
+
+
+def seconds(split: Split, misses: int, copied: int) -> float:
+    """Of a layer's misses: both sides run at once."""
+    rest = misses - copied
+    host = split.fixed_s + rest * split.host_s if rest else 0.0
+    return max(copied * split.copy_s if copied else 0.0, host)
+
+
+def _speeds(work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds) -> Speeds:
+    """As moelite.forecast takes them: what a miss takes in all stands for the drive's time."""
+
+    def miss_bytes_s(side: Side) -> float:
+        found = traffic(work, kept, hits, here, side)
+        if not found.misses:
+            return here.link_bytes_s.at(side)
+        return work.record_bytes * found.misses / max(found.link_s + found.drive_s, 1e-12)
+
+    whole = all(q >= e for q, (e, _) in zip(kept.device, work.moe, strict=True))
+    bases: list[Basis] = [here.link_bytes_s.basis]
+    if traffic(work, kept, hits, here).disk:
+        bases.append(here.cpu.drive_bytes_s.basis)
+    low, likely, high = sorted(miss_bytes_s(side) for side in _SIDES)
+    return Speeds(
+        weight_bytes_s=here.weight_bytes_s,
+        prefill_macs_s=here.prefill_macs_s,
+        drive_bytes_s=Rate(low, likely, high, weakest(bases)),
+        miss_s=MISS_S,
+        recall=here.cpu.recall,
+        layer_s=LAUNCHES * (min(UNSEEN_S, here.launch_s) if whole else here.launch_s),
+        beside=False,
+    )
+
+
+def _prompt(
+    work: Work, device: Setting, memory: Setting, tokens: int, here: DeviceSpeeds, speeds: Speeds
+) -> Rate:
+    """Seconds of a prompt: from the drive to memory and from there to the device, side by side."""
+    over_link = replace(speeds, drive_bytes_s=here.link_bytes_s)
+    cpu = here.cpu
+    from_drive = replace(
+        speeds,
+        drive_bytes_s=cpu.drive_bytes_s,
+        touch_bytes_s=cpu.touch_bytes_s,
+        touched_bytes=cpu.touched_bytes,
+    )
+
+    def at(side: Side) -> float:
+        return max(
+            prefill_seconds(work, device, tokens, over_link, side),
+            prefill_seconds(work, memory, tokens, from_drive, side),
+        )
+
+    low, likely, high = sorted(at(side) for side in _SIDES)
+    bases = (speeds.prefill_macs_s.basis, here.link_bytes_s.basis, cpu.drive_bytes_s.basis)
+    return Rate(low, likely, high, weakest(bases))
+
+
+def device_outlook(
+    sizes: Sizes,
+    found: Footprint,
+    hits: Hits,
+    here: DeviceSpeeds,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> DeviceForecast:
+    """The forecast for a plan with a device, or for the least of each budget that is too small."""
+    found = _fitting(sizes, found)
+    plan, work = found.device, work_of(sizes)
+    assert plan is not None
+    kept = _Quotas(_kept(sizes, plan), _kept(sizes, found))
+    speeds = _speeds(work, kept, hits, here)
+    device = Setting(budget_bytes=plan.budget_bytes, quotas=kept.device, chunk=plan.chunk)
+    memory = Setting(budget_bytes=found.budget_bytes, quotas=kept.memory, chunk=plan.chunk)
+    tokens = max(1, min(prompt_tokens, sizes.context - 1))
+    base = forecast(work, device, hits, speeds, prompt_tokens=tokens)
+    sides = [traffic(work, kept, hits, here, side) for side in _SIDES]
+    now = sides[1]
+    basis = base.hit_rate.basis
+    bound = base.bound
+    if bound == "drive" and now.link_s > now.drive_s:
+        bound = "link"
+    whole = _whole_bytes(sizes, found, plan)
+    points = _curve(sizes, (work, found, plan, whole), hits, here)
+    changed = replace(
+        base,
+        ttft_s=_prompt(work, device, memory, tokens, here, speeds),
+        bound=bound,
+        read_bytes=_rate([t.disk * work.record_bytes for t in sides], basis),
+        curve=points,
+        resident_bytes=whole[0],
+        working_set_bytes=0,
+        helps=_helps(sizes, (work, found, plan, whole), hits, (here, base.decode_tok_s.likely)),
+    )
+    answered = [1 - t.disk / t.misses if t.misses else 1.0 for t in sides]
+    return DeviceForecast(
+        **{field.name: getattr(changed, field.name) for field in fields(Forecast)},
+        device=plan.device,
+        card=plan.card,
+        here=plan.here,
+        ram_bytes=found.budget_bytes,
+        memory_hit_rate=_rate(answered, basis),
+        copied_bytes=_rate([t.copied * work.record_bytes for t in sides], basis),
+        on_cpu=max(0.0, now.misses - now.copied),
+        link_s=now.link_s,
+        drive_s=now.drive_s,
+        link_bytes_s=here.link_bytes_s,
+        disk_bytes_s=here.cpu.drive_bytes_s,
+        about=here.about,
+    )
+
+
+def _rate(values: Sequence[float], basis: Basis) -> Rate:
+    low, likely, high = sorted(values)
+    return Rate(low, likely, high, basis)
+
+
+def _kept(sizes: Sizes, plan: Footprint | DevicePlan) -> tuple[int, ...]:
+    return tuple(plan.slots.quotas[layer] for layer in sizes.arch.moe_layers)
+
+
+def _on(sizes: Sizes, plan: DevicePlan, budget: int) -> DevicePlan:
+    card = plan.card, plan.total_bytes, plan.free_bytes
+    return replace(plan_device(sizes, plan.device, budget, plan.chunk, card), here=plan.here)
+
+
+def _fitting(sizes: Sizes, found: Footprint) -> Footprint:
+    plan = found.device
+    assert plan is not None
+    if plan.slots.count < 2:
+        plan = _on(sizes, plan, _up(plan.minimum_bytes))
+    ram = found.budget_bytes if found.slots.count > 1 else _up(found.minimum_bytes)
+    return plan_beside(sizes, ram, plan)
+
+
+def _whole_bytes(sizes: Sizes, found: Footprint, plan: DevicePlan) -> tuple[int, int]:
+    """The least of the device's and of the machine's memory that keep every expert."""
+    classes = {entry.slot_bytes for entry in sizes.layers.values()}
+    arena = found.experts_bytes + floating_slots(sizes.arch) * sum(classes)
+    device = plan.used_bytes - plan.parts[-1].bytes + arena
+    return _up(device), _up(found.used_bytes - found.parts[-1].bytes + arena)
+
+
+def _token(work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds) -> Decode:
+    speeds = _speeds(work, kept, hits, here)
+    return decode(work, kept.device, hits.likely, speeds, "likely")
+
+
+_Now = tuple[Work, Footprint, DevicePlan, tuple[int, int]]
+
+
+def _curve(sizes: Sizes, now: _Now, hits: Hits, here: DeviceSpeeds) -> tuple[Point, ...]:
+    """Over the device's memory, at the same memory of the machine."""
+    work, found, plan, (whole, _) = now
+    least = _up(plan.minimum_bytes)
+    budgets = {least + (whole - least) * i // (POINTS - 1) // MIB * MIB for i in range(POINTS)}
+    if least <= plan.budget_bytes <= whole:
+        budgets.add(plan.budget_bytes)
+    points = []
+    for budget in sorted(budgets | {whole}):
+        other = _on(sizes, plan, budget)
+        kept = _Quotas(_kept(sizes, other), _kept(sizes, found))
+        missed = traffic(work, kept, hits, here).misses / work.used_experts
+        points.append(
+            Point(
+                budget_bytes=budget,
+                decode_tok_s=1 / _token(work, kept, hits, here).seconds,
+                hit_rate=1 - missed,
+                experts_resident=other.experts_resident,
+            )
+        )
+    return tuple(points)
+
+
+def _helps(sizes: Sizes, now: _Now, hits: Hits, at: tuple[DeviceSpeeds, float]) -> tuple[Help, ...]:
+    """Every expert on the device, or in memory below it."""
+    (work, found, plan, (device, memory)), (here, tok_s) = now, at
+    options: list[tuple[Literal["resident", "ram"], int, _Quotas]] = [
+        ("resident", device, _Quotas(_kept(sizes, _on(sizes, plan, device)), _kept(sizes, found))),
+        (
+            "ram",
+            memory,
+            _Quotas(_kept(sizes, plan), _kept(sizes, plan_beside(sizes, memory, plan))),
+        ),
+    ]
+    out = []
+    for kind, budget, kept in options:
+        then = 1 / _token(work, kept, hits, here).seconds
+        out.append(
+            Help(kind=kind, amount=1, budget_bytes=budget, decode_tok_s=then, gain=then / tok_s)
+        )
+    return tuple(sorted((h for h in out if h.gain >= 1.03), key=lambda h: h.gain, reverse=True))
+
+
+def speeds_of(
+    sizes: Sizes, found: Footprint, place: Place, store: Path | None, folder: Path | None = None
+) -> DeviceSpeeds:
+    """Of a device before a model is loaded onto it: what it is made for, where a library tells,
+    else a short probe, and assumptions for a device that is not here."""
+    cpu = speeds_here(sizes, found, store, folder)
+    told = place.free or Free(0, 0, "")
+    if place.here and not (told.memory_bytes_s and told.link_bytes_s):
+        from moelite.gpu.probe import probe
+
+        seen = probe(place.name)
+        return DeviceSpeeds(
+            cpu=cpu,
+            weight_bytes_s=_shares(around(seen.memory_bytes_s, 0.0, "estimated"), _MEMORY_SHARE),
+            link_bytes_s=around(seen.link_bytes_s, 0.25, "measured"),
+            prefill_macs_s=_shares(around(seen.macs_s, 0.0, "estimated"), (0.1, 0.4, 0.8)),
+            launch_s=seen.launch_s,
+            about="a short look at the device",
+        )
+    memory, link, about = UNKNOWN_MEMORY, UNKNOWN_LINK, []
+    if told.memory_bytes_s:
+        memory = around(told.memory_bytes_s, 0.0, "estimated")
+        about.append("its memory by clock and width")
+    else:
+        about.append("an unknown card's memory: 0.2 to 1 TB/s")
+    if told.link_bytes_s:
+        link = _shares(around(told.link_bytes_s, 0.0, "estimated"), _LINK_SHARE)
+        about.append("its slot by lanes")
+    else:
+        about.append("a slot of 16 lanes of PCIe 4")
+    return DeviceSpeeds(
+        cpu=cpu,
+        weight_bytes_s=_shares(memory, _MEMORY_SHARE),
+        link_bytes_s=link,
+        prefill_macs_s=UNKNOWN_MACS,
+        about=", ".join(about),
+    )
+
+
+def _shares(rate: Rate, shares: tuple[float, float, float]) -> Rate:
+    low, likely, high = shares
+    return Rate(low * rate.low, likely * rate.likely, high * rate.high, "estimated")
+
+
+def _up(count: int) -> int:
+    return -(-count // MIB) * MIB
