@@ -7,11 +7,12 @@ from pathlib import Path
 from moelite.attention import KVFormat
 from moelite.budget import Footprint
 from moelite.forecast import Forecast, Hits
+from moelite.gpu.speeds import speeds_of
 from moelite.outlook import outlook, speeds_here, usual_hits, work_of
 from moelite.recipe import Recipe, choose
 from moelite.sizing import Settings, placed, planned, sizes_of
 from moelite.storefile import MANIFEST
-from moelite.tiers import device_outlook, speeds_of
+from moelite.tiers import device_outlook
 
 
 def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
@@ -43,11 +44,9 @@ def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
     found, usual = planned(sizes, ram, place, vram), hits or usual_hits(sizes.arch)
     store = Path(path).expanduser()
     written = store if (store / MANIFEST).exists() else None
-    if place is not None:
-        return found, device_outlook(
-            sizes, found, usual, speeds_of(sizes, found, place, written, folder)
-        )
     here = speeds_here(sizes, found, written, folder)
+    if place is not None:
+        return found, device_outlook(sizes, found, usual, speeds_of(place, here))
     return found, outlook(sizes, found, usual, here)
 
 
