@@ -46,7 +46,9 @@ def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
     written = store if (store / MANIFEST).exists() else None
     here = speeds_here(sizes, found, written, folder)
     if place is not None:
-        return found, device_outlook(sizes, found, usual, speeds_of(place, here))
+        return found, device_outlook(
+            sizes, found, usual, speeds_of(place, here, sizes.expert_format)
+        )
     return found, outlook(sizes, found, usual, here)
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 
 from moelite.gpu.device import Device, timed
+from moelite.gpu.products import kernels_for
+from moelite.quant import FORMATS
 from moelite.units import MIB
 
 _BYTES = 64 * MIB
@@ -17,16 +19,18 @@ _PROBE_S = 0.1
 
 
 class Seen(NamedTuple):
-    """Bytes a second of the memory and over the link, multiply-adds a second, seconds a launch."""
+    """Bytes a second of the memory, of weights multiplied by, and over the link; multiply-adds a
+    second; seconds a launch. weight_bytes_s: None where a compiler would have to run first."""
 
     memory_bytes_s: float
+    weight_bytes_s: float | None
     link_bytes_s: float
     macs_s: float
     launch_s: float
 
 
-def probe(name: str) -> Seen:
-    """Of a device that is here. name: as `devices.choose` gave it."""
+def probe(name: str, fmt: str) -> Seen:
+    """Of a device that is here. name: as `devices.choose` gave it. fmt: of the experts."""
     device = Device(name, 4 * _BYTES)
     try:
         block = device.zeros((_BYTES,), torch.uint8)
@@ -35,9 +39,20 @@ def probe(name: str) -> Seen:
             source = source.pin_memory()
         to = device.zeros((source.numel(),), torch.uint8)
         link = source.numel() / _best(device, lambda: to.copy_(source, non_blocking=True))
-        return Seen(read_speed(device, block), link, macs_speed(device), launch_seconds(device))
+        memory, weights = read_speed(device, block), _weight_speed(device, fmt)
+        return Seen(memory, weights, link, macs_speed(device), launch_seconds(device))
     finally:
         device.close()
+
+
+def _weight_speed(device: Device, fmt: str) -> float | None:
+    kernels = kernels_for(device.torch)
+    if device.streamed:
+        return None
+    size = FORMATS[fmt].nbytes(_ROWS, _ROWS)
+    packed = torch.zeros(size, dtype=torch.uint8, device=device.torch)  # as good as any numbers
+    x = kernels.rounded(fmt, torch.ones((1, _ROWS), device=device.torch))
+    return size / _best(device, lambda: kernels.linear(fmt, x, packed, 0, _ROWS, _ROWS))
 
 
 def read_speed(device: Device, block: torch.Tensor) -> float:

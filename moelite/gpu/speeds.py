@@ -40,17 +40,20 @@ class DeviceSpeeds:
     about: str = ""
 
 
-def speeds_of(place: Place, cpu: Speeds) -> DeviceSpeeds:
+def speeds_of(place: Place, cpu: Speeds, fmt: str) -> DeviceSpeeds:
     """Of a device before a model is loaded onto it: what it is made for, where a library tells,
     else a short probe, and assumptions for a device that is not here."""
     told = place.free or Free(0, 0, "")
     if place.here and not (told.memory_bytes_s and told.link_bytes_s):
         from moelite.gpu.probe import probe
 
-        seen = probe(place.name)
+        seen = probe(place.name, fmt.partition(" + ")[0])
+        weights = _shares(around(seen.memory_bytes_s, 0.0, "estimated"), _MEMORY_SHARE)
+        if seen.weight_bytes_s is not None:
+            weights = around(seen.weight_bytes_s, 0.4, "estimated")
         return DeviceSpeeds(
             cpu=cpu,
-            weight_bytes_s=_shares(around(seen.memory_bytes_s, 0.0, "estimated"), _MEMORY_SHARE),
+            weight_bytes_s=weights,
             link_bytes_s=around(seen.link_bytes_s, 0.25, "measured"),
             prefill_macs_s=_shares(around(seen.macs_s, 0.0, "estimated"), (0.1, 0.4, 0.8)),
             launch_s=seen.launch_s,
