@@ -150,7 +150,8 @@ def show_beside(console: Console, report: BenchReport) -> None:
     table = Table(box=None, padding=(0, 1))
     for name in ("", "forecast", "actual", "off by"):
         table.add_column(name, justify="left" if not name else "right")
-    hit, seen = found.hit_rate.likely, report.decode_experts.hit_rate
+    reads = report.decode_experts
+    hit, seen = found.hit_rate.likely, (reads.upper or reads).hit_rate
     cold, speed = report.runs[0].ttft_s, report.decode_tok_s
     table.add_row(
         "decode tok/s", band(found.decode_tok_s), tok_s(speed), _off(speed, found.decode_tok_s)

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from math import comb
+from math import comb, inf
 from typing import Literal, NamedTuple
 
 from moelite.budget import Footprint, Sizes, floating_slots
@@ -101,12 +101,11 @@ class _Quotas(NamedTuple):
 
 def split_of(work: Work, here: DeviceSpeeds, side: Side) -> Split:
     """Where misses are computed, by these speeds."""
-    never = float("inf")
     copy_s = work.record_bytes / here.link_bytes_s.at(side)
     host_s = work.expert_bytes / here.cpu.weight_bytes_s.at(side)
     return Split(
-        never if here.miss == "cpu" else copy_s,
-        never if here.miss == "copy" else host_s,
+        inf if here.miss == "cpu" else copy_s,
+        inf if here.miss == "copy" else host_s,
         here.hand_over_s,
     )
 
@@ -191,6 +190,8 @@ def _speeds(work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds) -> Speeds
         drive_bytes_s=Rate(low, likely, high, weakest(bases)),
         miss_s=MISS_S,
         recall=here.cpu.recall,
+        touch_bytes_s=here.cpu.touch_bytes_s,
+        touched_bytes=here.cpu.touched_bytes,
         layer_s=LAUNCHES * (min(UNSEEN_S, here.launch_s) if whole else here.launch_s),
         beside=False,
     )
@@ -200,14 +201,8 @@ def _prompt(
     work: Work, device: Setting, memory: Setting, tokens: int, here: DeviceSpeeds, speeds: Speeds
 ) -> Rate:
     """Seconds of a prompt: from the drive to memory and from there to the device, side by side."""
-    over_link = replace(speeds, drive_bytes_s=here.link_bytes_s)
-    cpu = here.cpu
-    from_drive = replace(
-        speeds,
-        drive_bytes_s=cpu.drive_bytes_s,
-        touch_bytes_s=cpu.touch_bytes_s,
-        touched_bytes=cpu.touched_bytes,
-    )
+    over_link = replace(speeds, drive_bytes_s=here.link_bytes_s, touch_bytes_s=inf)
+    from_drive = replace(speeds, drive_bytes_s=here.cpu.drive_bytes_s)
 
     def at(side: Side) -> float:
         return max(
@@ -216,7 +211,7 @@ def _prompt(
         )
 
     low, likely, high = sorted(at(side) for side in _SIDES)
-    bases = (speeds.prefill_macs_s.basis, here.link_bytes_s.basis, cpu.drive_bytes_s.basis)
+    bases = (speeds.prefill_macs_s.basis, here.link_bytes_s.basis, here.cpu.drive_bytes_s.basis)
     return Rate(low, likely, high, weakest(bases))
 
 
@@ -249,6 +244,8 @@ def device_outlook(
     points = _curve(sizes, (work, found, plan, whole), hits, here)
     changed = replace(
         base,
+        # how many launches a layer takes is nowhere measured
+        decode_tok_s=replace(base.decode_tok_s, basis="estimated"),
         ttft_s=_prompt(work, device, memory, tokens, here, speeds),
         bound=bound,
         read_bytes=_rate([t.disk * work.record_bytes for t in sides], basis),

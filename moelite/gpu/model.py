@@ -220,6 +220,11 @@ class DeviceModel(Model):
         """Of the cache in memory, and, as `upper`, of that on the device."""
         return replace(self.experts.stats, upper=self.upper.stats)
 
+    @property
+    def split(self) -> dict[str, float]:
+        """Seconds to copy an expert, to compute one on the CPU, and to hand a token over to it."""
+        return self.measured._asdict()
+
     def memory_speed(self) -> float:
         """Bytes per second at which the device reads its memory at this moment."""
         return read_speed(self.device, self._arena)
