@@ -223,7 +223,7 @@ def _reasons(found: DeviceForecast, alone: Forecast | None) -> list[str]:
         )
     lines += [
         f"first token: of {found.prompt_tokens} prompt tokens, no expert in memory yet",
-        f"hits: {found.hit_about}; those in memory are of what misses on the device",
+        f"hits: {found.hit_about}" + ("; in memory: of what misses above" if token.misses else ""),
         f"weights on the device at {_rate(speeds.weight_bytes_s.likely)} "
         f"({speeds.weight_bytes_s.basis}), link {_rate(found.link_bytes_s.likely)} "
         f"({found.link_bytes_s.basis}), drive {_rate(found.disk_bytes_s.likely)} "

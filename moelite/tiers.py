@@ -82,7 +82,7 @@ class DeviceForecast(Forecast):
     about: str
 
 
-class _Traffic(NamedTuple):
+class Traffic(NamedTuple):
     """Of one token: experts missed on the device, of them copied and not in memory; seconds."""
 
     misses: float
@@ -92,7 +92,7 @@ class _Traffic(NamedTuple):
     drive_s: float
 
 
-class _Quotas(NamedTuple):
+class Quotas(NamedTuple):
     """Experts kept in each layer, on the device and in memory."""
 
     device: tuple[int, ...]
@@ -140,8 +140,8 @@ def met(work: Work, kept: Sequence[int], hits: Hits, here: DeviceSpeeds) -> Hits
 
 
 def traffic(
-    work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds, side: Side = "likely"
-) -> _Traffic:
+    work: Work, kept: Quotas, hits: Hits, here: DeviceSpeeds, side: Side = "likely"
+) -> Traffic:
     """What one token misses, and how long that takes where nothing hides it."""
     split, hit = split_of(work, here, side), hits.at(side)
     above_of = met(work, kept.device, hits, here).at(side)
@@ -160,7 +160,7 @@ def traffic(
             n = split.copied(m)
             copied += chance * n
             link_s += chance * seconds(split, m, n)
-    return _Traffic(misses, copied, disk, link_s, disk * read_s)
+    return Traffic(misses, copied, disk, link_s, disk * read_s)
 
 
 def seconds(split: Split, misses: int, copied: int) -> float:
@@ -170,7 +170,7 @@ def seconds(split: Split, misses: int, copied: int) -> float:
     return max(copied * split.copy_s if copied else 0.0, host)
 
 
-def _speeds(work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds) -> Speeds:
+def _speeds(work: Work, kept: Quotas, hits: Hits, here: DeviceSpeeds) -> Speeds:
     """As moelite.forecast takes them: what a miss takes in all stands for the drive's time."""
 
     def miss_bytes_s(side: Side) -> float:
@@ -227,7 +227,7 @@ def device_outlook(
     found = _fitting(sizes, found)
     plan, work = found.device, work_of(sizes)
     assert plan is not None
-    kept = _Quotas(_kept(sizes, plan), _kept(sizes, found))
+    kept = Quotas(_kept(sizes, plan), _kept(sizes, found))
     speeds = _speeds(work, kept, hits, here)
     device = Setting(budget_bytes=plan.budget_bytes, quotas=kept.device, chunk=plan.chunk)
     memory = Setting(budget_bytes=found.budget_bytes, quotas=kept.memory, chunk=plan.chunk)
@@ -248,6 +248,7 @@ def device_outlook(
         decode_tok_s=replace(base.decode_tok_s, basis="estimated"),
         ttft_s=_prompt(work, device, memory, tokens, here, speeds),
         bound=bound,
+        hit_about=hits.about if now.misses else "every expert stays on the device",
         read_bytes=_rate([t.disk * work.record_bytes for t in sides], basis),
         curve=points,
         resident_bytes=whole[0],
@@ -303,7 +304,8 @@ def _whole_bytes(sizes: Sizes, found: Footprint, plan: DevicePlan) -> tuple[int,
     return _up(device), _up(found.used_bytes - found.parts[-1].bytes + arena)
 
 
-def _token(work: Work, kept: _Quotas, hits: Hits, here: DeviceSpeeds) -> Decode:
+def token(work: Work, kept: Quotas, hits: Hits, here: DeviceSpeeds) -> Decode:
+    """A token, likely."""
     speeds, above = _speeds(work, kept, hits, here), met(work, kept.device, hits, here)
     return decode(work, kept.device, above.likely, speeds, "likely")
 
@@ -321,12 +323,12 @@ def _curve(sizes: Sizes, now: _Now, hits: Hits, here: DeviceSpeeds) -> tuple[Poi
     points = []
     for budget in sorted(budgets | {whole}):
         other = _on(sizes, plan, budget)
-        kept = _Quotas(_kept(sizes, other), _kept(sizes, found))
+        kept = Quotas(_kept(sizes, other), _kept(sizes, found))
         missed = traffic(work, kept, hits, here).misses / work.used_experts
         points.append(
             Point(
                 budget_bytes=budget,
-                decode_tok_s=1 / _token(work, kept, hits, here).seconds,
+                decode_tok_s=1 / token(work, kept, hits, here).seconds,
                 hit_rate=1 - missed,
                 experts_resident=other.experts_resident,
             )
@@ -337,17 +339,17 @@ def _curve(sizes: Sizes, now: _Now, hits: Hits, here: DeviceSpeeds) -> tuple[Poi
 def _helps(sizes: Sizes, now: _Now, hits: Hits, at: tuple[DeviceSpeeds, float]) -> tuple[Help, ...]:
     """Every expert on the device, or in memory below it."""
     (work, found, plan, (device, memory)), (here, tok_s) = now, at
-    options: list[tuple[Literal["resident", "ram"], int, _Quotas]] = [
-        ("resident", device, _Quotas(_kept(sizes, _on(sizes, plan, device)), _kept(sizes, found))),
+    options: list[tuple[Literal["resident", "ram"], int, Quotas]] = [
+        ("resident", device, Quotas(_kept(sizes, _on(sizes, plan, device)), _kept(sizes, found))),
         (
             "ram",
             memory,
-            _Quotas(_kept(sizes, plan), _kept(sizes, plan_beside(sizes, memory, plan))),
+            Quotas(_kept(sizes, plan), _kept(sizes, plan_beside(sizes, memory, plan))),
         ),
     ]
     out = []
     for kind, budget, kept in options:
-        then = 1 / _token(work, kept, hits, here).seconds
+        then = 1 / token(work, kept, hits, here).seconds
         out.append(
             Help(kind=kind, amount=1, budget_bytes=budget, decode_tok_s=then, gain=then / tok_s)
         )
