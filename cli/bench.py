@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,7 @@ def bench(  # noqa: PLR0913 - one parameter for each option
     The prompt is random token ids, so experts are used more evenly than by prose; --route gives
     the expert traffic of real text. Decode speed leaves the first token out.
     """
+    from moelite.bench import ExpertTraffic
     from moelite.bench import bench as measure
     from moelite.cache.trace import read_trace
     from moelite.hitrates import uniform
@@ -90,6 +92,8 @@ def bench(  # noqa: PLR0913 - one parameter for each option
             report = measure(model, **runs, route=trace, progress=progress, meter=watch)
         report = dataclasses.replace(report, forecast=forecast)
         facts = store_facts(model)
+        if isinstance(report.decode_experts.upper, ExpertTraffic):
+            facts |= device_facts(model, report, (gen - 1) * repeat)
     if as_json:
         print(json.dumps({**dataclasses.asdict(report), **facts}, indent=2))
     else:
@@ -120,6 +124,25 @@ def store_facts(model: Model) -> dict[str, Any]:
     }
 
 
+def device_facts(model: Any, report: BenchReport, tokens: int) -> dict[str, Any]:
+    """What was measured on the device. tokens: decoded, of which `report` has the sums."""
+    plan, upper = model.footprint.device, report.decode_experts.upper
+    split = {name: None if value == math.inf else value for name, value in model.split.items()}
+    return {
+        "device": plan.device,
+        "card": plan.card,
+        "vram_bytes": plan.budget_bytes,
+        "device_planned_bytes": plan.used_bytes,
+        "device_peak_bytes": model.device.peak_bytes(),
+        "device_resident": plan.experts_resident,
+        "miss": model.miss,
+        "split": split,
+        "pinned": model.pinned,
+        "copied_bytes_per_token": upper.bytes_read / tokens if upper else 0.0,
+        "on_cpu_per_token": upper.low / tokens if upper else 0.0,
+    }
+
+
 def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
     """A row per run and the medians, then what was measured on what."""
     table = Table(box=None, padding=(0, 1))
@@ -128,6 +151,7 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         "prefill tok/s",
         "decode tok/s",
         "first token s",
+        *(["on device"] if report.experts.upper else []),
         "hits",
         "read",
         "wait s",
@@ -144,6 +168,7 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
             f"{prefill:.1f}",
             f"{decode:.2f}",
             f"{ttft:.3f}",
+            *([f"{100 * experts.upper.hit_rate:.1f} %"] if experts.upper else []),
             f"{100 * experts.hit_rate:.1f} %",
             show_bytes(experts.bytes_read),
             f"{experts.wait_s:.2f}",
@@ -165,12 +190,16 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=False,
     )
+    whose = f"memory gave to {facts['threads']} threads"
+    if "device" in facts:
+        whose = f"{facts['device']} gave"
     console.print(
         f"  a token reads {show_bytes(report.token_bytes)} of weights: "
-        f"{100 * report.bandwidth:.0f} % of what memory gave to {facts['threads']} threads right "
-        f"after ({show_bytes(int(report.memory_bytes_s))}/s)",
+        f"{100 * report.bandwidth:.0f} % of what {whose} right after "
+        f"({show_bytes(int(report.memory_bytes_s))}/s)",
         soft_wrap=True,
     )
+    _show_device(console, report, facts)
     if report.drive_share is not None and report.drive_bytes_s is not None:
         reads = report.decode_experts
         console.print(
@@ -190,3 +219,28 @@ def show(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
         f"{facts['dense_format']}; {report.cpu}, {facts['threads']} threads"
     )
     show_beside(console, report)
+
+
+def _show_device(console: Console, report: BenchReport, facts: dict[str, Any]) -> None:
+    upper = report.decode_experts.upper
+    if upper is None:
+        return
+    console.print(
+        f"  decoding: {100 * upper.hit_rate:.1f} % of experts on the device; "
+        f"{show_bytes(round(facts['copied_bytes_per_token']))} copied and "
+        f"{facts['on_cpu_per_token']:.2g} experts computed on the CPU for a token; ahead of need "
+        f"{upper.useful} in time, {upper.late} late, {upper.wasted} in vain",
+        soft_wrap=True,
+    )
+    split, peak = facts["split"], facts["device_peak_bytes"]
+    times = ", ".join(f"{k.removesuffix('_s')} {1e3 * v:.3g} ms" for k, v in split.items() if v)
+    console.print(f"  an expert (copied, on the host, to hand over): {times}", soft_wrap=True)
+    seen = "peak not counted here" if peak is None else f"peak {show_bytes(peak)}"
+    name = f"{facts['device']} ({facts['card']})" if facts["card"] else facts["device"]
+    console.print(
+        f"  {name}: {seen}, planned {show_bytes(facts['device_planned_bytes'])} of "
+        f"{show_bytes(facts['vram_bytes'])}, {facts['device_resident']} of "
+        f"{facts['experts_total']} experts resident there",
+        soft_wrap=True,
+        markup=False,
+    )

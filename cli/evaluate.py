@@ -14,10 +14,13 @@ from rich.console import Console
 
 from moelite.cli.bars import progress_on_stderr
 from moelite.cli.common import (
+    DeviceOption,
     KVOption,
+    MissOption,
     OfflineOption,
     RamOption,
     ThreadsOption,
+    VramOption,
     find_store,
     stderr_console,
 )
@@ -62,6 +65,9 @@ def evaluate(  # noqa: PLR0913 - one parameter for each option
     limit_tokens: LimitOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
+    miss: MissOption = "auto",
     offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -85,11 +91,17 @@ def evaluate(  # noqa: PLR0913 - one parameter for each option
     asked = [protocol] if protocol != "both" else list(CONTEXTS)
     contexts = {name: context or CONTEXTS[name] for name in asked}
     settings: dict[str, Any] = {"context": max(contexts.values()), "threads": threads, "kv": kv}
+    settings |= {"device": device, "vram": vram}
+    if against is not None and device != "cpu" and vram is None:
+        raise UsageError(
+            "two models on a device have to be told how much of it each may take",
+            fix="--vram SIZE, for each of the two, or --device cpu",
+        )
     shares = budget_shares(paths, ram, **settings)
     reports = {}
     with ExitStack() as stack:
         models = [
-            stack.enter_context(load(path, ram=share, **settings))
+            stack.enter_context(load(path, ram=share, miss=miss, **settings))
             for path, share in zip(paths, shares, strict=True)
         ]
         progress = stack.enter_context(progress_on_stderr("eval", "tokens"))

@@ -15,11 +15,13 @@ from rich.text import Text
 from moelite.cli.bars import Segment, bar
 from moelite.cli.common import (
     ContextOption,
+    DeviceOption,
     KVOption,
     OnMissOption,
     RamOption,
     RecipeOption,
     ThreadsOption,
+    VramOption,
     cache_folder,
 )
 from moelite.cli.forecast import mib, show_forecast
@@ -29,6 +31,7 @@ from moelite.units import MIB, show_bytes
 if TYPE_CHECKING:
     from moelite.budget import Footprint
     from moelite.forecast import Forecast
+    from moelite.gpu.plan import DevicePlan
 
 BAR_LABEL = 10  # columns before a bar
 BAR_VALUE = 12  # and after it
@@ -41,6 +44,8 @@ LOOK = {
     "kv": ("▓", "k", "magenta"),
     "workspace": ("▞", "w", "yellow"),
     "low plane": ("▤", "l", "cyan"),
+    "device runtime": ("▒", "r", "bright_black"),
+    "transfer": ("▞", "w", "yellow"),
     "experts": ("■", "E", "green"),
     "free": ("·", ".", "bright_black"),
     "not resident": ("□", "e", "green"),
@@ -66,6 +71,8 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
     ] = None,
     recipe: RecipeOption = None,
     on_miss: OnMissOption = "wait",
+    device: DeviceOption = "auto",
+    vram: VramOption = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -83,8 +90,8 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
     look at its memory and drive; how often an expert is in memory comes from published runs of such
     models, or from --trace.
 
-    --experts, --dense and --recipe are for what is not yet a store: a store has its formats. Exit
-    code 3 if the model does not fit.
+    --experts, --dense and --recipe are for what is not yet a store: a store has its formats. A
+    --device that is not here can be planned for with --vram. Exit code 3 if the model does not fit.
     """
     from moelite import foresee
 
@@ -94,12 +101,16 @@ def footprint(  # noqa: PLR0913 - one parameter for each option
 
         settings["hits"] = recorded_hits(trace, foresee.experts_of(model))
     settings.update(experts=experts, dense=dense, recipe=recipe, low=on_miss == "low")
-    found, forecast = foresee.foresee(model, ram=ram, **settings)
+    found, forecast = foresee.foresee(model, ram=ram, device=device, vram=vram, **settings)
+    alone: Forecast | None = None
+    if found.device is not None:
+        alone = foresee.foresee(model, ram=ram, **settings)[1]
     if as_json:
         facts = {**as_dict(model, found), "forecast": dataclasses.asdict(forecast)}
+        facts |= {} if alone is None else {"forecast_cpu": dataclasses.asdict(alone)}
         print(json.dumps(facts, indent=2))
     else:
-        show(Console(highlight=False), model, found, forecast)
+        show(Console(highlight=False), model, found, forecast, alone)
     if not found.fits:
         raise typer.Exit(BudgetError.exit_code)
 
@@ -109,8 +120,17 @@ def as_dict(model: str, found: Footprint) -> dict[str, Any]:
     return {"model": model, **dataclasses.asdict(found), "used_bytes": found.used_bytes}
 
 
-def show(console: Console, model: str, found: Footprint, forecast: Forecast | None = None) -> None:
-    """Verdict, bars, table, advice; then how fast it will be."""
+def show(
+    console: Console,
+    model: str,
+    found: Footprint,
+    forecast: Forecast | None = None,
+    alone: Forecast | None = None,
+) -> None:
+    """Verdict, bars, table, advice; then how fast it will be.
+
+    alone: the forecast for the CPU alone, where `found` is of a device.
+    """
     console.print(
         Text.assemble(
             (model, "bold"),
@@ -119,11 +139,16 @@ def show(console: Console, model: str, found: Footprint, forecast: Forecast | No
         )
     )
     console.print()
+    if found.device is not None:
+        from moelite.cli.device import show_device
+
+        show_device(console, found, found.device, forecast, alone)
+        return
     console.print(verdict(found))
     console.print()
     _bars(console, found)
     console.print()
-    console.print(_table(found, ascii_only=console.options.ascii_only))
+    console.print(table_of(found, ascii_only=console.options.ascii_only))
     helpful = advice(found, sped_up=forecast is not None)
     if helpful:
         console.print()
@@ -192,62 +217,78 @@ def _part(found: Footprint, name: str) -> int:
     return sum(part.bytes for part in found.parts if part.name == name)
 
 
-def _segment(name: str, count: int) -> Segment:
+def segment(name: str, count: int) -> Segment:
     sign, plain, style = LOOK.get(name, LOOK[""])
     return Segment(name=name, bytes=count, sign=sign, plain=plain, style=style)
 
 
+def segments_of(plan: Footprint | DevicePlan) -> list[Segment]:
+    """The parts of a budget, and what is left of it."""
+    parts = [segment(part.name, part.bytes) for part in plan.parts]
+    return [*parts, segment("free", max(0, plan.budget_bytes - plan.used_bytes))]
+
+
 def _bars(console: Console, found: Footprint) -> None:
-    free = max(0, found.budget_bytes - found.used_bytes)
-    memory = [_segment(part.name, part.bytes) for part in found.parts]
-    memory.append(_segment("free", free))
     dense, low = _part(found, "dense weights"), _part(found, "low plane")
     experts = found.store_bytes - dense - low
     resident = experts * found.resident_bytes // found.experts_bytes if found.fits else 0
     disk = [
-        _segment("dense weights", dense),
-        _segment("low plane", low),
-        _segment("experts", resident),
-        _segment("not resident", experts - resident),
+        segment("dense weights", dense),
+        segment("low plane", low),
+        segment("experts", resident),
+        segment("not resident", experts - resident),
     ]
-    rows = [("memory", memory), ("disk", disk)]
-    scale = max(sum(s.bytes for s in segments) for _, segments in rows)
+    draw(console, [("memory", segments_of(found), found), ("disk", disk, None)])
+
+
+def draw(
+    console: Console, rows: list[tuple[str, list[Segment], Footprint | DevicePlan | None]]
+) -> None:
+    """Bars on one scale; under a budget that is too small for its plan, a mark where it ends."""
+    scale = max(sum(s.bytes for s in segments) for _, segments, _ in rows)
     width = max(10, min(console.width, 100) - BAR_LABEL - BAR_VALUE)
-    for label, segments in rows:
+    for label, segments, plan in rows:
         line = Text(f"  {label:<{BAR_LABEL - 2}}")
         line.append(bar(segments, scale, width, ascii_only=console.options.ascii_only))
         line.append(f"  {show_bytes(sum(s.bytes for s in segments))}")
         console.print(line, no_wrap=True, overflow="crop")
-        if label == "memory" and found.budget_bytes < found.minimum_bytes:
-            place = min(width - 1, found.budget_bytes * width // scale)
-            line = Text(" " * (BAR_LABEL + place) + "^ budget " + show_bytes(found.budget_bytes))
+        if plan is not None and plan.budget_bytes < plan.minimum_bytes:
+            place = min(width - 1, plan.budget_bytes * width // scale)
+            line = Text(" " * (BAR_LABEL + place) + "^ budget " + show_bytes(plan.budget_bytes))
             console.print(line, style="red", no_wrap=True, overflow="crop")
 
 
-def _table(found: Footprint, *, ascii_only: bool) -> Table:
+def table_of(found: Footprint, *, ascii_only: bool) -> Table:
+    """The parts of a budget, those of a device's first, then the experts on disk."""
+    plans: list[tuple[str, Footprint | DevicePlan]] = [("memory", found)]
+    if found.device is not None:
+        plans.insert(0, ("vram", found.device))
     table = Table(box=None, padding=(0, 2), pad_edge=True)
     table.add_column("")
-    table.add_column("memory")
+    table.add_column(plans[0][0])
     table.add_column("size", justify="right")
     table.add_column("share", justify="right")
     table.add_column("basis")
-    free = found.budget_bytes - found.used_bytes
-    rows: list[tuple[str, int, str]] = [(part.name, part.bytes, part.basis) for part in found.parts]
-    if free >= 0:
-        rows.append(("free", free, "budget - parts"))
-    for name, count, basis in rows:
-        segment = _segment(name, count)
-        table.add_row(
-            Text(segment.plain if ascii_only else segment.sign, style=segment.style),
-            name,
-            show_bytes(count),
-            f"{100 * count / found.budget_bytes:.0f} %",
-            basis,
-        )
-    sign = LOOK["not resident"][ascii_only]
+    for i, (title, plan) in enumerate(plans):
+        if i:
+            table.add_row("", "", "", "", "")
+            table.add_row("", Text(title, style="bold"), "", "", "")
+        free = plan.budget_bytes - plan.used_bytes
+        rows: list[tuple[str, int, str]] = [(p.name, p.bytes, p.basis) for p in plan.parts]
+        if free >= 0:
+            rows.append(("free", free, "budget - parts"))
+        for name, count, basis in rows:
+            sign, plain, style = LOOK.get(name, LOOK[""])
+            table.add_row(
+                Text(plain if ascii_only else sign, style=style),
+                name,
+                show_bytes(count),
+                f"{100 * count / plan.budget_bytes:.0f} %",
+                basis,
+            )
     table.add_row("", "", "", "", "")
     table.add_row(
-        Text(sign, style=LOOK["not resident"][2]),
+        Text(LOOK["not resident"][ascii_only], style=LOOK["not resident"][2]),
         "experts on disk",
         show_bytes(found.experts_bytes),
         "",

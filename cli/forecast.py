@@ -24,6 +24,7 @@ BOUND = {
     "memory": "reading weights from memory",
     "drive": "waiting for the drive",
     "misses": "handling experts that are not in memory",
+    "link": "bringing experts to the device",
 }
 
 
@@ -37,17 +38,17 @@ def show_forecast(console: Console, found: Forecast, *, asked_bytes: int, most_b
     console.print(Text.assemble(("  "), (title, "bold")))
     console.print(_numbers(found))
     for line in _reasons(found):
-        _say(console, line, 2)
+        say(console, line, 2)
     console.print()
-    _curve(console, found, most_bytes)
+    curve(console, found, most_bytes)
     if found.helps:
         console.print()
         console.print(Text("  what would make it faster:"))
     for help_ in found.helps:
-        _say(console, _help_line(help_, found, most_bytes), 4)
+        say(console, _help_line(help_, found, most_bytes), 4)
 
 
-def _say(console: Console, text: str, indent: int) -> None:
+def say(console: Console, text: str, indent: int) -> None:
     """A line, and its continuation a little further in."""
     width = min(console.width, 100)
     first, then = " " * indent, " " * (indent + 2)
@@ -90,11 +91,19 @@ def _reasons(found: Forecast) -> list[str]:
     ]
 
 
-def _curve(console: Console, found: Forecast, most_bytes: int) -> None:
+def curve(
+    console: Console,
+    found: Forecast,
+    most_bytes: int,
+    *,
+    option: str = "--ram",
+    notes: dict[int, str] | None = None,
+) -> None:
+    """tok/s over budgets. notes: at some of them (default: where reads end, and the like)."""
     ascii_only = console.options.ascii_only
     top = max((p.decode_tok_s for p in found.curve), default=1.0)
     width = max(8, min(console.width, 100) - BAR_LABEL - BAR_VALUE - 26)
-    console.print(Text("  tok/s over --ram"))
+    console.print(Text(f"  tok/s over {option}"))
     for point in found.curve:
         here = point.budget_bytes == found.budget_bytes
         style = "green" if here else "blue"
@@ -105,22 +114,18 @@ def _curve(console: Console, found: Forecast, most_bytes: int) -> None:
         line = Text(f"  {mib(point.budget_bytes):>{BAR_LABEL - 4}}  ")
         line.append(bar([segment], 1000, width, ascii_only=ascii_only))
         line.append(f"  {tok_s(point.decode_tok_s)}")
-        notes = _notes(found, point.budget_bytes)
-        if notes:
-            line.append(f"  < {', '.join(notes)}", style="bold" if here else "")
+        note = (notes or _notes(found)).get(point.budget_bytes)
+        if note:
+            line.append(f"  < {note}", style="bold" if here else "")
         console.print(line, no_wrap=True, overflow="crop")
     if any(point.budget_bytes > most_bytes for point in found.curve):
         console.print(Text(f"  (this machine has {show_bytes(most_bytes)})"))
 
 
-def _notes(found: Forecast, budget: int) -> list[str]:
-    notes = []
-    if budget == found.budget_bytes:
-        notes.append("here")
-    if budget == found.resident_bytes:
-        notes.append("no more disk reads")
-    elif budget == found.working_set_bytes:
-        notes.append("holds one token's experts")
+def _notes(found: Forecast) -> dict[int, str]:
+    here, notes = found.budget_bytes, {found.working_set_bytes: "holds one token's experts"}
+    notes[found.resident_bytes] = "no more disk reads"
+    notes[here] = f"here, {notes[here]}" if here in notes else "here"
     return notes
 
 
@@ -145,7 +150,8 @@ def show_beside(console: Console, report: BenchReport) -> None:
     table = Table(box=None, padding=(0, 1))
     for name in ("", "forecast", "actual", "off by"):
         table.add_column(name, justify="left" if not name else "right")
-    hit, seen = found.hit_rate.likely, report.decode_experts.hit_rate
+    reads = report.decode_experts
+    hit, seen = found.hit_rate.likely, (reads.upper or reads).hit_rate
     cold, speed = report.runs[0].ttft_s, report.decode_tok_s
     table.add_row(
         "decode tok/s", band(found.decode_tok_s), tok_s(speed), _off(speed, found.decode_tok_s)

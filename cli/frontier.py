@@ -20,10 +20,13 @@ from rich.text import Text
 from moelite.cli import plot as drawing
 from moelite.cli.bars import progress_on_stderr
 from moelite.cli.common import (
+    DeviceOption,
     KVOption,
+    MissOption,
     OfflineOption,
     RamOption,
     ThreadsOption,
+    VramOption,
     cache_folder,
     find_store,
     stderr_console,
@@ -53,12 +56,14 @@ _WIDE = 140  # columns of the table where no terminal says how many there are
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What all stores are asked. settings: of the engine, its context that of a window."""
+    """What all stores are asked. settings: of the engine, its context that of a window; miss: one
+    that plans do not ask for."""
 
     words: str
     limit: int | None
     protocol: Literal["llama", "paper"]
     settings: dict[str, Any]
+    miss: Literal["auto", "copy", "cpu"] = "auto"
 
     def tokens(self, model: Any) -> tuple[list[int], int | None]:
         """The text as the model's tokenizer cuts it, and its BOS id if windows begin with one."""
@@ -106,6 +111,9 @@ def frontier(  # noqa: PLR0913 - one parameter for each option
     limit_tokens: LimitOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
+    miss: MissOption = "auto",
     offline: OfflineOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -121,7 +129,9 @@ def frontier(  # noqa: PLR0913 - one parameter for each option
         words=read_text(text),
         limit=limit_tokens,
         protocol=protocol,
-        settings={"context": context or CONTEXTS[protocol], "threads": threads, "kv": kv},
+        settings={"context": context or CONTEXTS[protocol], "threads": threads, "kv": kv}
+        | {"device": device, "vram": vram},
+        miss=miss,
     )
     others = [] if also is None else _others(also, text)
     if plot is not None:
@@ -182,12 +192,12 @@ def _judge(
     with ExitStack() as stack:
         progress = stack.enter_context(progress_on_stderr("frontier", "tokens"))
         file = stack.enter_context(_scratch())
-        with load(paths[0], ram=shares[0], **asked.settings) as model:
+        with load(paths[0], ram=shares[0], miss=asked.miss, **asked.settings) as model:
             ids, bos_id = asked.tokens(model)
             how = asked.how(bos_id=bos_id, progress=progress)
             recording = _record(model, ids, file, how)
         for name, path, share in zip(names[1:], paths[1:], shares[1:], strict=True):
-            with load(path, ram=share, **asked.settings) as model:
+            with load(path, ram=share, miss=asked.miss, **asked.settings) as model:
                 if asked.tokens(model) != (ids, bos_id):
                     raise different_tokens(name, names[0])
                 report = core.compare(recording, model, ids, **how)

@@ -58,11 +58,25 @@ def answer_line(
         parts.append(f"{stats.decode_tok_s:.1f} tok/s{expected}")
     if stats.ttft_s:
         parts.append(f"first {seconds(stats.ttft_s)}")
-    looked_up = stats.experts.hits + stats.experts.misses
-    if looked_up:
+    looked_up, upper = stats.experts.hits + stats.experts.misses, stats.experts.upper
+    if upper is not None:
+        parts += _device_parts(upper, stats.experts)
+    elif looked_up:
         parts.append(f"hit {percent(stats.experts.hits, looked_up)}")
     parts.append(f"ctx {used:,}/{context:,}")
     return " · ".join(parts)
+
+
+def _device_parts(upper: CacheStats, below: CacheStats) -> list[str]:
+    """Hits on the device, of its misses those in memory, and what became of the misses."""
+    parts = [f"device hit {percent(upper.hits, upper.hits + upper.misses)}"]
+    if below.hits + below.misses:
+        parts[0] += f", memory {percent(below.hits, below.hits + below.misses)}"
+    if upper.bytes_read:
+        parts.append(f"copied {show_bytes(upper.bytes_read)}")
+    if upper.low:
+        parts.append(f"{upper.low:,} on the CPU")
+    return parts
 
 
 def stats_table(
@@ -106,13 +120,24 @@ def _forecast_rows(forecast: Forecast | None) -> list[tuple[str, str]]:
 
 
 def _expert_rows(title: str, stats: CacheStats) -> list[tuple[str, str]]:
-    looked_up = stats.hits + stats.misses
+    looked_up, upper, rows = stats.hits + stats.misses, stats.upper, []
+    if upper is not None:
+        share = percent(upper.hits, upper.hits + upper.misses)
+        rows.append(
+            (
+                title,
+                f"on the device {upper.hits:,} hits, {upper.misses:,} misses ({share} hit), "
+                f"{show_bytes(upper.bytes_read)} copied, {upper.low:,} computed on the CPU",
+            )
+        )
+        title = "  in memory below it"
     low = f", {stats.low:,} in few bits" if stats.low else ""
     return [
+        *rows,
         (
             title,
             f"{stats.hits:,} hits, {stats.misses:,} misses"
             f"{low} ({percent(stats.hits, looked_up)} hit), {show_bytes(stats.bytes_read)} read,"
             f" {seconds(stats.wait_s)} waiting",
-        )
+        ),
     ]

@@ -209,6 +209,9 @@ def banner(conversing: Conversing) -> None:
     formats = getattr(plan, "expert_format", ""), getattr(plan, "dense_format", "")
     if all(formats):
         parts.append(f"experts {formats[0]}, rest {formats[1]}")
+    device = getattr(plan, "device", None)
+    if device is not None:
+        parts.append(f"{device.experts_resident:,} experts on {device.card or device.device}")
     parts.append(f"{plan.experts_resident:,} of {plan.experts_total:,} experts in memory")
     parts.append(f"context {conversing.session.context:,}")
     if conversing.forecast is not None:

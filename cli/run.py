@@ -28,6 +28,7 @@ from moelite.cli.common import (
 from moelite.errors import UsageError
 
 if TYPE_CHECKING:
+    from moelite.cache.stats import CacheStats
     from moelite.cli.repl import ChatModel
     from moelite.forecast import Forecast
     from moelite.generate import Generation
@@ -197,9 +198,25 @@ def report(generation: Generation, name: str, *, stopped: bool) -> dict[str, Any
             "misses": stats.experts.misses,
             "bytes_read": stats.experts.bytes_read,
             "wait_s": stats.experts.wait_s,
+            **_on_device(stats.experts.upper),
         },
         "model": name,
         "seed": stats.seed,
+    }
+
+
+def _on_device(upper: CacheStats | None) -> dict[str, Any]:
+    """Of a device's memory, whose misses are looked up in the machine's."""
+    if upper is None:
+        return {}
+    return {
+        "device": {
+            "hits": upper.hits,
+            "misses": upper.misses,
+            "bytes_copied": upper.bytes_read,
+            "computed_on_cpu": upper.low,
+            "wait_s": upper.wait_s,
+        }
     }
 
 

@@ -12,10 +12,13 @@ from rich.table import Table
 from moelite.cli.bars import progress_on_stderr
 from moelite.cli.common import (
     ContextOption,
+    DeviceOption,
     KVOption,
+    MissOption,
     OfflineOption,
     RamOption,
     ThreadsOption,
+    VramOption,
     open_model,
 )
 from moelite.errors import UsageError
@@ -44,6 +47,9 @@ def trace(  # noqa: PLR0913 - one parameter for each option
     context: ContextOption = None,
     threads: ThreadsOption = None,
     kv: KVOption = "f16",
+    device: DeviceOption = "cpu",
+    vram: VramOption = None,
+    miss: MissOption = "auto",
     offline: OfflineOption = False,
 ) -> None:
     """Run a text through the model and write down which experts every token used.
@@ -68,6 +74,7 @@ def trace(  # noqa: PLR0913 - one parameter for each option
         raise UsageError(f"cannot write {out}", fix="name a file in a folder that is there")
     text = None if file is None else read_text(file)
     settings: Any = {"ram": ram, "context": context, "threads": threads, "kv": kv}
+    settings.update(device=device, vram=vram, miss=miss)
     with open_model(store, offline=offline, **settings) as model:
         ids = _random(model, tokens, seed) if text is None else _encode(model, text)[:tokens]
         with progress_on_stderr("trace", "tokens") as progress:

@@ -53,7 +53,10 @@ class BenchModel(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertTraffic:
-    """Experts found in memory, read from disk, and what the reads cost: see CacheStats."""
+    """Experts found in memory, read from disk, and what the reads cost: see CacheStats.
+
+    upper: the same of a device's memory, whose misses are looked up here; None without one.
+    """
 
     hits: int
     misses: int
@@ -66,6 +69,7 @@ class ExpertTraffic:
     wasted: int
     hit_rate: float
     read_bytes_s: float
+    upper: ExpertTraffic | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,12 +254,19 @@ def _share(run: BenchRun) -> float | None:
     return reads.read_bytes_s / run.drive_bytes_s
 
 
+_COUNTS = [field.name for field in dataclasses.fields(CacheStats) if field.name != "upper"]
+
+
 def _traffic(stats: CacheStats) -> ExpertTraffic:
     return ExpertTraffic(
-        **dataclasses.asdict(stats), hit_rate=stats.hit_rate, read_bytes_s=stats.read_bytes_s
+        **{name: getattr(stats, name) for name in _COUNTS},
+        hit_rate=stats.hit_rate,
+        read_bytes_s=stats.read_bytes_s,
+        upper=None if stats.upper is None else _traffic(stats.upper),
     )
 
 
 def _sum(runs: list[ExpertTraffic]) -> ExpertTraffic:
-    names = [field.name for field in dataclasses.fields(CacheStats)]
-    return _traffic(CacheStats(**{n: sum(getattr(run, n) for run in runs) for n in names}))
+    total = _traffic(CacheStats(**{n: sum(getattr(run, n) for run in runs) for n in _COUNTS}))
+    uppers = [run.upper for run in runs if run.upper is not None]
+    return dataclasses.replace(total, upper=_sum(uppers)) if uppers else total

@@ -20,7 +20,7 @@ from moelite.cache.trace import I32, check_routes
 from moelite.drive import DriveSpeed, drive_speed, speed_now
 from moelite.errors import CheckpointError, StoreError, UsageError
 from moelite.forecast import Forecast, Hits
-from moelite.gpu.devices import choose
+from moelite.gpu.devices import check, choose
 from moelite.kv import KVCache
 from moelite.layers import ExpertTiers, tiers_of
 from moelite.lookahead import Choice, Lookahead
@@ -358,16 +358,7 @@ def load(  # noqa: PLR0913 - one for each choice a user has
             raise UsageError(f"on_miss {on_miss!r} is not known", fix="wait or low")
         if on_miss == "low":
             need_low_plane(store.layers, store.path)
-            if chosen is not None:
-                raise UsageError(
-                    f"on_miss low answers from memory on the CPU, not on {chosen}",
-                    fix="--device cpu, or --on-miss wait",
-                )
-        if vram is not None and chosen is None:
-            raise UsageError(
-                "--vram is for a device, and the CPU computes here",
-                fix="leave it out, or name one with --device",
-            )
+        check(chosen, vram, low=on_miss == "low")
         arch = build(store.config)
         sizes = Sizes(
             arch=arch,

@@ -64,6 +64,7 @@ class Speeds:
 
     recall: share of the experts that lookahead guesses; None where there is none. touch_bytes_s:
     memory that is used for the first time, but for touched_bytes that loading a model sees to.
+    layer_s: of a layer, whatever its size. beside: whether reads slow computing down.
     """
 
     weight_bytes_s: Rate
@@ -73,6 +74,8 @@ class Speeds:
     recall: Rate | None = None
     touch_bytes_s: float = inf
     touched_bytes: int = 0
+    layer_s: float = LAYER_S
+    beside: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +188,8 @@ class Forecast:
     """What to expect at `budget_bytes`, before anything is loaded.
 
     ttft_s: of a prompt of prompt_tokens, with no expert in memory yet. read_bytes: from the drive
-    for each token. bound: what most of a token's time goes to: memory, drive, or handling misses.
+    for each token. bound: what most of a token's time goes to: memory, drive, handling misses, or
+    the link to a device.
     resident_bytes: the least budget that ends disk reads; working_set_bytes: the least at which a
     layer keeps all experts of one token.
     """
@@ -197,7 +201,7 @@ class Forecast:
     hit_rate: Rate
     hit_about: str
     read_bytes: Rate
-    bound: Literal["memory", "drive", "misses"]
+    bound: Literal["memory", "drive", "misses", "link"]
     token: Decode
     speeds: Speeds
     curve: tuple[Point, ...]
@@ -241,7 +245,7 @@ def decode(work: Work, quotas: Sequence[int], hit: HitRate, speeds: Speeds, side
     ]
     used = work.used_experts
     misses = sum(k * (1 - rate) for (_, k), rate in zip(work.moe, rates, strict=True))
-    weights /= slowed(misses, used)
+    weights /= slowed(misses, used) if speeds.beside else 1.0
     costs = _Costs(work.expert_bytes / weights, work.record_bytes / drive, speeds.miss_s)
     wait = 0.0
     for (experts, k, quota), count in Counter(
@@ -249,7 +253,7 @@ def decode(work: Work, quotas: Sequence[int], hit: HitRate, speeds: Speeds, side
     ).items():
         rate = layer_hit_rate(hit, experts, quota)
         wait += count * _layer_wait(k, rate, costs)
-    compute = work.dense_bytes / weights + used * costs.expert_s + work.layers * LAYER_S
+    compute = work.dense_bytes / weights + used * costs.expert_s + work.layers * speeds.layer_s
     handling = misses * speeds.miss_s
     if speeds.recall is not None:
         ahead = misses * costs.read_s * (2 - speeds.recall.at(side))
@@ -274,7 +278,7 @@ def prefill_seconds(work: Work, setting: Setting, tokens: int, speeds: Speeds, s
     for start in range(0, tokens, setting.chunk):
         size = min(setting.chunk, tokens - start)
         total += max(size * work.dense_macs / macs, work.dense_bytes / weights)
-        total += work.layers * LAYER_S
+        total += work.layers * speeds.layer_s
         for i, ((experts, k), quota) in enumerate(zip(work.moe, setting.quotas, strict=True)):
             used = distinct(experts, k, size)
             missed = used * (1 - kept[i] / experts)

@@ -11,6 +11,8 @@ from moelite.arch import Arch
 from moelite.attention import KVFormat
 from moelite.budget import Footprint, Sizes, plan
 from moelite.errors import UsageError
+from moelite.gpu.devices import Place, check, seek
+from moelite.gpu.plan import plan_both
 from moelite.inventory import dense_items, plan_layers
 from moelite.machine import memory
 from moelite.models import build
@@ -124,6 +126,22 @@ def sizes_of(path: str | Path, settings: Settings) -> Sizes:
     )
 
 
+def planned(
+    sizes: Sizes, ram: str | int | None, place: Place | None = None, vram: str | int | None = None
+) -> Footprint:
+    """The plan for the CPU, or for a device and what is beside it."""
+    if place is None:
+        return plan(sizes, budget_of(ram))
+    return plan_both(sizes, place, budget_of(ram), vram)
+
+
+def placed(device: str, vram: str | int | None, *, low: bool) -> Place | None:
+    """The device to plan for, which may be elsewhere; None for the CPU. Raises UsageError."""
+    place = seek(device)
+    check(None if place is None else place.name, vram, low=low)
+    return place
+
+
 def footprint(  # noqa: PLR0913 - what `load` takes, and the formats of what is no store yet
     path: str | Path,
     *,
@@ -135,12 +153,16 @@ def footprint(  # noqa: PLR0913 - what `load` takes, and the formats of what is 
     dense: str | None = None,
     recipe: str | Recipe | None = None,
     low: bool = False,
+    device: str = "cpu",
+    vram: str | int | None = None,
 ) -> Footprint:
     """What the model at `path` takes, from headers alone; see Footprint.
 
     path: a store, or a checkpoint folder, hub id or "smollm2-moe", as if quantized to `experts` and
     `dense`, or by `recipe` (a store keeps its own formats). low: with the low plane in memory, as
-    `load(on_miss="low")`.
+    `load(on_miss="low")`. device, vram: as of `load`; a device that is not here can be planned for
+    where vram says how much memory it has.
     """
+    place = placed(device, vram, low=low)
     asked = Settings(context, kv, threads, choose(recipe, experts, dense), low)
-    return plan(sizes_of(path, asked), budget_of(ram))
+    return planned(sizes_of(path, asked), ram, place, vram)

@@ -21,9 +21,7 @@ class Peak(TorchDispatchMode):
         self.now = self.most = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for key in [key for key, (ref, _) in self._alive.items() if ref.expired()]:
             self.now -= self._alive.pop(key)[1]

@@ -91,7 +91,7 @@ def test_forecast_beside_actual() -> None:
         forecast=fake_forecast(),
         decode_tok_s=14.0,
         runs=[SimpleNamespace(ttft_s=1.5), SimpleNamespace(ttft_s=0.1)],
-        decode_experts=SimpleNamespace(hit_rate=0.65),
+        decode_experts=SimpleNamespace(hit_rate=0.65, upper=None),
     )
     out = io.StringIO()
     show_beside(Console(file=out, width=80), report)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ LAYERS = (
         "verify",
         "foresee",
     },
-    {"outlook", "meter"},
+    {"outlook", "meter", "tiers"},
     {"generate", "session", "model", "layers", "evaluate", "budget", "warm", "gpu", "trace"}
     | {
         "inventory",
@@ -252,7 +252,7 @@ def test_planted_misplaced_packages_and_environment_reads_are_found() -> None:
 
 
 HEAVY = {"torch", "triton", "bitsandbytes"}
-LIGHT = ("moelite/gpu/__init__.py", "moelite/gpu/devices.py", "moelite/gpu/plan.py")
+LIGHT = tuple(f"moelite/gpu/{name}.py" for name in ("__init__", "devices", "plan", "speeds"))
 
 
 def test_torch_is_never_imported_with_a_module() -> None:

@@ -6,7 +6,7 @@ import ctypes.util
 import importlib.util
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moelite.errors import UsageError
 from moelite.units import MIB
@@ -15,14 +15,29 @@ NAMES = ("auto", "cpu", "cuda", "mps", "xpu", "torch:cpu")
 
 # What a CUDA context takes beside torch's allocator, by the driver's own count: docs/log/gpu.md
 CONTEXT_BYTES = 512 * MIB
+LANE_BYTES_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.56e9}  # PCI-SIG
 
 
 class Free(NamedTuple):
-    """Video memory: all of it, and what nobody holds now. name: the card's."""
+    """Video memory: all of it, and what nobody holds now. name: the card's.
+
+    memory_bytes_s, link_bytes_s: what its memory and its slot give at best, by clocks and widths;
+    None if nobody tells.
+    """
 
     total_bytes: int
     free_bytes: int
     name: str
+    memory_bytes_s: float | None = None
+    link_bytes_s: float | None = None
+
+
+class Place(NamedTuple):
+    """A device to plan for. free: None where nobody can tell; here: whether it was found."""
+
+    name: str
+    free: Free | None = None
+    here: bool = True
 
 
 def choose(name: str) -> str | None:
@@ -31,9 +46,7 @@ def choose(name: str) -> str | None:
     auto is a CUDA device where torch and a driver are there, else the CPU path. cuda:1 is the
     second card.
     """
-    kind, _, number = name.partition(":")
-    if name not in NAMES and not (kind in {"cuda", "xpu"} and number.isdigit()):
-        raise UsageError(f"device {name!r} is not known", fix=f"one of {', '.join(NAMES)}")
+    kind, number = _known(name)
     if name == "cpu":
         return None
     if name == "auto":
@@ -58,6 +71,47 @@ def choose(name: str) -> str | None:
     if number.isdigit() and int(number) >= count:
         raise UsageError(f"device {name!r} is not there: {count} found", fix=f"{kind}:0")
     return name
+
+
+def seek(name: str) -> Place | None:
+    """As `choose`, to plan for a device that may be elsewhere; None for the CPU path.
+
+    Torch is imported only where a device may be here and NVIDIA's library does not tell of it.
+    """
+    kind, number = _known(name)
+    if name in {"auto", "cpu"}:
+        chosen = choose(name)
+        return None if chosen is None else Place(chosen, video_memory(chosen))
+    if kind == "cuda":
+        free = _by_nvml(int(number or 0))
+        if free is not None or not _driver():
+            return Place(name, free, free is not None)
+    try:
+        choose(name)
+    except UsageError:
+        return Place(name, None, False)
+    return Place(name, video_memory(name))
+
+
+def check(device: str | None, vram: str | int | None, *, low: bool) -> None:
+    """Refuses what goes with no device, or not with one. device: as `choose` gave it."""
+    if low and device is not None:
+        raise UsageError(
+            f"on_miss low answers from memory on the CPU, not on {device}",
+            fix="--device cpu, or --on-miss wait",
+        )
+    if vram is not None and device is None:
+        raise UsageError(
+            "--vram is for a device, and the CPU computes here",
+            fix="leave it out, or name one with --device",
+        )
+
+
+def _known(name: str) -> tuple[str, str]:
+    kind, _, number = name.partition(":")
+    if name not in NAMES and not (kind in {"cuda", "xpu"} and number.isdigit()):
+        raise UsageError(f"device {name!r} is not known", fix=f"one of {', '.join(NAMES)}")
+    return kind, number
 
 
 def torch_name(name: str) -> str:
@@ -108,8 +162,29 @@ def _by_nvml(number: int) -> Free | None:
         try:
             card = pynvml.nvmlDeviceGetHandleByIndex(number)
             info, label = pynvml.nvmlDeviceGetMemoryInfo(card), pynvml.nvmlDeviceGetName(card)
+            memory, link = _memory_speed(pynvml, card), _link_speed(pynvml, card)
         finally:
             pynvml.nvmlShutdown()
     except (pynvml.NVMLError, ValueError):
         return None
-    return Free(int(info.total), int(info.free), str(label))
+    return Free(int(info.total), int(info.free), str(label), memory, link)
+
+
+def _memory_speed(nvml: Any, card: Any) -> float | None:
+    """Two transfers a clock over the whole bus: 936 GB/s of an RTX 3090 (384 bits, 9751 MHz)."""
+    try:
+        bits = nvml.nvmlDeviceGetMemoryBusWidth(card)
+        mhz = nvml.nvmlDeviceGetMaxClockInfo(card, nvml.NVML_CLOCK_MEM)
+    except nvml.NVMLError:
+        return None
+    return 2e6 * mhz * bits / 8 or None
+
+
+def _link_speed(nvml: Any, card: Any) -> float | None:
+    """Of the slot, one way: 31.5 GB/s of 16 lanes of PCIe 4."""
+    try:
+        generation = nvml.nvmlDeviceGetMaxPcieLinkGeneration(card)
+        lanes = nvml.nvmlDeviceGetMaxPcieLinkWidth(card)
+    except nvml.NVMLError:
+        return None
+    return LANE_BYTES_S.get(generation, 0.0) * lanes or None

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from moelite.cache.upper import UpperCache
-from moelite.gpu.device import Device
+from moelite.gpu.device import Device, timed
 from moelite.gpu.host import HostExperts
 from moelite.gpu.products import Kernels
 from moelite.quant.base import PAGE
 from moelite.storefile import LayerEntry
 from moelite.words import I32
 
+_PROBES = 5
 _RING = 64  # small arrays on their way to the device
 
 
@@ -96,6 +97,23 @@ class DeviceExperts:
             out, fmt = self.parts[: len(bases)], layout.down_format
             k.experts(fmt, hidden, self.arena, below, *layout.down_shape, out=out)
         return (bases < 0).any()
+
+    def speed(self, entry: LayerEntry, slots: int) -> float:
+        """Bytes a second of experts multiplied by, whatever lies in the first `slots` of them."""
+        layout, k = entry.tiers[0], self._kernels
+        (fmt, down_fmt), size = (layout.gate_up_format, layout.down_format), entry.slot_bytes
+        bases = torch.arange(slots, dtype=torch.int64, device=self._device.torch) * size
+        x = torch.ones((1, layout.down_shape[0]), device=self._device.torch)
+        x = k.rounded(fmt, x)
+
+        def work() -> None:
+            both = k.experts(fmt, x, self.arena, bases, layout.gate_up_shape[0], x.shape[1])
+            hidden = k.gated(both, layout.expert_size, down_fmt)
+            k.experts(down_fmt, hidden, self.arena, bases + layout.down, *layout.down_shape)
+
+        work()
+        seconds = min(timed(self._device, work) for _ in range(_PROBES))
+        return slots * layout.payload_bytes / max(seconds, 1e-9)
 
     def many(self, layer: int, ids: I32, inputs: Inputs, between: Callable[[], None]) -> None:
         """A chunk's experts ids [T, K]: each is computed once, for all its tokens."""

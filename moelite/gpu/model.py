@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,43 +18,28 @@ from moelite.cache import CacheStats, UpperCache
 from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Split
 from moelite.drive import DriveSpeed
 from moelite.engine import Model
+from moelite.forecast import Forecast, Hits, Rate, Speeds, around
 from moelite.gpu.decoder import DeviceDecoder
 from moelite.gpu.device import Arrival, Device, Link, timed
-from moelite.gpu.devices import Free, video_memory
+from moelite.gpu.devices import Place, video_memory
 from moelite.gpu.experts import DeviceExperts
 from moelite.gpu.host import HostExperts
 from moelite.gpu.kv import DeviceKV
-from moelite.gpu.plan import DevicePlan, plan_beside, plan_device, refuse_device
+from moelite.gpu.plan import DevicePlan, plan_both, plan_device, refuse_device
+from moelite.gpu.probe import launch_seconds, macs_speed, read_speed
 from moelite.gpu.products import kernels_for
+from moelite.gpu.speeds import DeviceSpeeds
 from moelite.gpu.weights import Weights
 from moelite.lookahead import Choice, Lookahead
-from moelite.machine import memory
+from moelite.outlook import PROMPT_TOKENS, speeds_here, usual_hits
 from moelite.quant.base import PAGE
 from moelite.store import Store
-from moelite.units import parse_bytes, show_bytes
+from moelite.tiers import device_outlook
+from moelite.units import show_bytes
 
 Miss = Literal["auto", "copy", "cpu"]
 _SHRINK = 0.9  # of the arena, when the device turns out to be fuller than it said
 _PROBES = 5
-
-
-def vram_budget(vram: str | int | None, free: Free | None) -> int:
-    """Bytes named by `vram`; without it nine tenths of what is free on the device, or where a
-    device has no memory of its own, two fifths of what is free in the machine."""
-    if vram is not None:
-        total = memory().limit_bytes if free is None else free.total_bytes
-        return parse_bytes(vram, total=total)
-    return memory().available_bytes * 2 // 5 if free is None else free.free_bytes * 9 // 10
-
-
-def plan_both(
-    sizes: Sizes, device: str, ram: int, vram: str | int | None, chunk: int | None = None
-) -> Footprint:
-    """Where the memory of the machine and of the device goes."""
-    free = video_memory(device)
-    card = ("", None, None) if free is None else (free.name, free.total_bytes, free.free_bytes)
-    found = plan_device(sizes, device, vram_budget(vram, free), chunk, card)
-    return plan_beside(sizes, ram, found)
 
 
 class DeviceModel(Model):
@@ -117,6 +103,7 @@ class DeviceModel(Model):
             device, kernels, upper, self._arena, store.layers, parts, self.host
         )
         self._on_device, self.upper = device_experts, upper
+        self.miss: Miss = miss
         upper.split = self._split(miss)
         decoder = DeviceDecoder(
             self.arch, weights, device, kernels, device_experts, keys, plan.chunk
@@ -190,15 +177,14 @@ class DeviceModel(Model):
     # --- where misses are computed --------------------------------------------------------------
 
     def _split(self, miss: Miss) -> Split:
-        if miss == "copy":
-            return ALL_COPIED
-        if miss == "cpu":
-            return NONE_COPIED
-        return self.measure()
+        self.measured = self.measure()
+        return {"copy": ALL_COPIED, "cpu": NONE_COPIED, "auto": self.measured}[miss]
 
     def measure(self) -> Split:
-        """Seconds to copy an expert and to compute it on the CPU, from a few of each."""
-        assert self.host is not None
+        """Seconds to copy an expert and to compute it on the CPU, from a few of each.
+
+        Overwrites the arena: only before an expert is in it.
+        """
         layer = self.arch.moe_layers[0]
         size = self.store.layers[layer].slot_bytes
         slots = min(4, self._arena.numel() // size, self._below.numel() // size)
@@ -212,6 +198,9 @@ class DeviceModel(Model):
         ranked = [(i, i, i * size // PAGE) for i in range(min(slots, self.experts_used))]
         x = np.ones(self.arch.hidden_size, np.float32)
         copies = sorted(timed(self.device, copy) / slots for _ in range(_PROBES))
+        copy_s = copies[_PROBES // 2]
+        if self.host is None:
+            return Split(copy_s, float("inf"), 0.0)
         host = self.host
         all_s = sorted(timed(self.device, lambda: host.compute(layer, x, ranked)) for _ in range(5))
         one_s = sorted(
@@ -224,13 +213,70 @@ class DeviceModel(Model):
             torch.from_numpy(x).to(self.device.torch).cpu()
 
         fixed = sorted(timed(self.device, there_and_back) for _ in range(_PROBES))[_PROBES // 2]
-        return Split(copies[_PROBES // 2], each, max(0.0, one_s[2] - each) + fixed)
+        return Split(copy_s, each, max(0.0, one_s[2] - each) + fixed)
 
     # --- what a Model tells ---------------------------------------------------------------------
 
     def stats(self) -> CacheStats:
         """Of the cache in memory, and, as `upper`, of that on the device."""
         return replace(self.experts.stats, upper=self.upper.stats)
+
+    @property
+    def split(self) -> dict[str, float]:
+        """Seconds to copy an expert, to compute one on the CPU, and to hand a token over to it."""
+        return self.measured._asdict()
+
+    def memory_speed(self) -> float:
+        """Bytes per second at which the device reads its memory at this moment."""
+        return read_speed(self.device, self._arena)
+
+    def weight_speed(self) -> float:
+        """Bytes of experts per second that the device multiplies by at this moment."""
+        entry = self.store.layers[self.arch.moe_layers[0]]
+        slots = min(self.experts_used, self._arena.numel() // entry.slot_bytes)
+        return self._on_device.speed(entry, slots)
+
+    def forecast(
+        self,
+        hits: Hits | None = None,
+        folder: Path | None = None,
+        *,
+        prompt_tokens: int = PROMPT_TOKENS,
+        lookahead: bool = True,
+    ) -> Forecast:
+        """How fast it will be at its budgets: a DeviceForecast."""
+        sizes, found, store = self.sizes, self.footprint, self.store.path
+        cpu = speeds_here(
+            *(sizes, found, store, folder),
+            direct=self.store.direct,
+            lookahead=lookahead and self.lookahead.choice != "off",
+        )
+        here = self.speeds(cpu)
+        usual = hits or usual_hits(self.arch)
+        return device_outlook(sizes, found, usual, here, prompt_tokens=prompt_tokens)
+
+    def speeds(self, cpu: Speeds) -> DeviceSpeeds:
+        """What the device gives, as measured when it was loaded and now. cpu: what is beside it."""
+        entry, split = self.store.layers[self.arch.moe_layers[0]], self.measured
+        payload = entry.payload_bytes / entry.experts
+        if split.host_s < float("inf"):
+            beside = around(payload / split.host_s, 0.25, "measured")
+            cpu = replace(cpu, weight_bytes_s=beside)
+        macs = macs_speed(self.device)
+        return DeviceSpeeds(
+            cpu=cpu,
+            weight_bytes_s=around(self.weight_speed(), 0.3, "measured"),
+            link_bytes_s=around(entry.slot_bytes / split.copy_s, 0.25, "measured"),
+            prefill_macs_s=Rate(0.1 * macs, 0.4 * macs, 0.8 * macs, "estimated"),
+            launch_s=launch_seconds(self.device),
+            hand_over_s=split.fixed_s,
+            miss=self.miss,
+            about="the device's products and copies, timed a moment ago",
+        )
+
+    def meter(self, folder: Path) -> Any:
+        """Watches, and keeps nothing: what a device did would mislead forecasts for the CPU."""
+        return _NoMeter()
 
     def close(self) -> None:
         """Ends threads, copies and files, and gives the memory back."""
@@ -245,6 +291,16 @@ class DeviceModel(Model):
         if self.host is not None:
             self.host.close()
         self.device.close()
+
+
+class _NoMeter:
+    """In the place of moelite.meter.Meter."""
+
+    def first_token(self) -> None:
+        """Nothing."""
+
+    def done(self, prompt: int, computed: int, decoded: int) -> None:
+        """Nothing."""
 
 
 def load_on(  # noqa: PLR0913 - the rest of `load`'s choices
@@ -263,7 +319,7 @@ def load_on(  # noqa: PLR0913 - the rest of `load`'s choices
     on_note: Callable[[str], None] | None,
 ) -> DeviceModel:
     """Loads a store onto a device. Raises BudgetError if it does not fit there, or beside it."""
-    footprint = plan_both(sizes, device, ram, vram, chunk)
+    footprint = plan_both(sizes, Place(device, video_memory(device)), ram, vram, chunk)
     assert footprint.device is not None
     if not footprint.device.fits:
         raise refuse_device(footprint.device, store.path.name)

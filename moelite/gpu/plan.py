@@ -5,8 +5,9 @@ No torch here: `moelite footprint` plans for devices, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moelite.arch import Arch, GatedMLP, MoE
 from moelite.budget import (
@@ -18,12 +19,13 @@ from moelite.budget import (
     embed_bytes,
     floating_slots,
 )
-from moelite.errors import BudgetError
+from moelite.errors import BudgetError, UsageError
+from moelite.gpu.devices import Place
 from moelite.layers import rope_bytes
 from moelite.machine import memory
 from moelite.quant import FORMATS
 from moelite.quant.base import ALIGN, pad, pair_rows
-from moelite.units import MIB, show_bytes
+from moelite.units import MIB, parse_bytes, show_bytes
 from moelite.workspace import workspace_bytes
 
 CHUNK = 256  # prompt tokens at once, whatever the budget: so the numbers do not depend on it
@@ -39,7 +41,7 @@ _TEMPORARIES = 6  # rows of activations alive at once, of each width
 class DevicePlan:
     """Where a device's memory goes.
 
-    Fields as of Footprint; free_bytes: of the device, None if unknown.
+    Fields as of Footprint; free_bytes: of the device, None if unknown. here: whether the device is.
     """
 
     device: str
@@ -54,6 +56,7 @@ class DevicePlan:
     resident_bytes: int
     slots: Slots
     chunk: int
+    here: bool = True
 
     @property
     def used_bytes(self) -> int:
@@ -118,8 +121,13 @@ def _workspace(sizes: Sizes, chunk: int) -> int:
     rows += _TEMPORARIES * chunk * inner
     keys = max(2 * a.num_kv_heads * a.head_dim for a in attention) * sizes.context
     logits = 33 * arch.vocab_size
-    largest = max(SCRATCH_BYTES, *(4 * m.experts.gate.cols * 8 for m in moes))
-    return 4 * (rows + keys + logits) + 3 * SCORES_BYTES + 3 * largest
+    largest = [SCRATCH_BYTES]
+    for entry in sizes.layers.values():  # what cannot be unpacked in strips
+        for tier in entry.tiers:
+            shapes = zip(tier.formats, (tier.gate_up_shape, tier.down_shape), strict=True)
+            largest += [4 * math.prod(shape) for fmt, shape in shapes if not FORMATS[fmt].exact]
+    # attention, or products: torch unpacks with indices that take more than their result
+    return 4 * (rows + logits) + max(4 * keys + 3 * SCORES_BYTES, 4 * max(largest))
 
 
 def plan_device(
@@ -220,6 +228,30 @@ def plan_beside(sizes: Sizes, budget_bytes: int, device: DevicePlan) -> Footprin
         dense_format=sizes.dense_format,
         device=device,
     )
+
+
+def vram_budget(vram: str | int | None, place: Place) -> int:
+    """Bytes named by `vram`; without it nine tenths of what is free on the device, or where a
+    device has no memory of its own, two fifths of what is free in the machine."""
+    free = place.free
+    if not place.here and (vram is None or "%" in str(vram)):
+        raise UsageError(
+            f"there is no {place.name} device here, so its memory is not known",
+            fix="say how much it has: --vram 6GiB",
+        )
+    if vram is not None:
+        return parse_bytes(vram, total=memory().limit_bytes if free is None else free.total_bytes)
+    return memory().available_bytes * 2 // 5 if free is None else free.free_bytes * 9 // 10
+
+
+def plan_both(
+    sizes: Sizes, place: Place, ram: int, vram: str | int | None, chunk: int | None = None
+) -> Footprint:
+    """Where the memory of the machine and of the device goes."""
+    free = place.free
+    card = ("", None, None) if free is None else (free.name, free.total_bytes, free.free_bytes)
+    found = plan_device(sizes, place.name, vram_budget(vram, place), chunk, card)
+    return plan_beside(sizes, ram, replace(found, here=place.here))
 
 
 def refuse_device(plan: DevicePlan, name: str) -> BudgetError:
