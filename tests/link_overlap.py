@@ -1,0 +1,127 @@
+"""Times a decoder on torch's CPU whose experts come over a simulated link: what a chunk and a token
+take beside their computing and their copies alone.
+
+    python tests/link_overlap.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiny_checkpoint
+import torch
+
+import moelite
+from moelite.gpu.device import Link
+
+EXPERTS, TOP_K = 32, 4
+CONFIG = {
+    "hidden_size": 512,
+    "moe_intermediate_size": 512,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": TOP_K,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+    "vocab_size": 500,
+    "max_position_embeddings": 512,
+}
+RUNS = 5
+
+
+class Seen(NamedTuple):
+    """Seconds of one step: all of it, its computing alone, its copies alone."""
+
+    step: float
+    compute: float
+    copies: float
+
+    @property
+    def over(self) -> float:
+        """How many times as long as the longer of the two."""
+        return self.step / max(self.compute, self.copies)
+
+
+def write(folder: Path) -> Path:
+    """A store whose experts take some milliseconds each to compute."""
+    tiny_checkpoint.write_checkpoint(folder / "c", {**tiny_checkpoint.QWEN3_MOE, **CONFIG})
+    (folder / "c" / "tokenizer.json").unlink()
+    moelite.quantize(folder / "c", folder / "s", experts="int8", dense="int8")
+    return folder / "s"
+
+
+def _how(lookahead: str = "off") -> dict[str, Any]:
+    how: dict[str, Any] = {"ram": "2GiB", "context": 256, "threads": 1, "device": "torch:cpu"}
+    return {**how, "miss": "copy", "lookahead": lookahead}
+
+
+def _steps(model: Any, chunk: int) -> tuple[float, float]:
+    """(median seconds, bytes copied) of a step of `chunk` tokens, after two that warm up."""
+    ids = np.random.default_rng(0).integers(3, 500, chunk * (RUNS + 2)).tolist()
+    session, times = model.session(), []
+    for run in range(RUNS + 2):
+        before = model.stats().upper.bytes_read
+        start = time.perf_counter()
+        session.advance(ids[run * chunk : (run + 1) * chunk])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:]), model.stats().upper.bytes_read - before
+
+
+def resident(store: Path, chunk: int) -> float:
+    """Seconds of a step with every expert on the device."""
+    with moelite.load(store, **_how(), vram="2GiB") as model:
+        return _steps(model, chunk)[0]
+
+
+def over_link(store: Path, chunk: int, link: Link, lookahead: str = "off") -> tuple[float, float]:
+    """(seconds, seconds of its copies alone) of a step with no expert kept on the device."""
+    with moelite.load(store, **_how(), vram="2GiB") as model:
+        plan = model.footprint.device
+    room = plan.minimum_bytes + (2 * TOP_K - 2) * model.footprint.record_bytes
+    with moelite.load(store, **_how(lookahead), vram=room, link=link) as model:
+        step, copied = _steps(model, chunk)
+    return step, copied / link.bytes_s
+
+
+def prompt(store: Path, share: float) -> Seen:
+    """A chunk of a prompt whose copies take `share` of what its computing takes."""
+    chunk, compute = 48, resident(store, 48)
+    with moelite.load(store, **_how(), vram="2GiB") as model:
+        record = model.footprint.record_bytes
+        layers = len(model.arch.moe_layers)
+    link = Link(layers * EXPERTS * record / (share * compute), 20e-6)
+    step, copies = over_link(store, chunk, link)
+    return Seen(step, compute, copies)
+
+
+def token(store: Path, share: float, lookahead: str) -> Seen:
+    """As `prompt`, one token at a time."""
+    compute = resident(store, 1)
+    with moelite.load(store, **_how(), vram="2GiB") as model:
+        record = model.footprint.record_bytes
+        layers = len(model.arch.moe_layers)
+    link = Link(layers * TOP_K * record / (share * compute), 20e-6)
+    step, _ = over_link(store, 1, link, lookahead)
+    return Seen(step, compute, share * compute)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        store = write(Path(folder))
+        for share in (0.25, 0.5, 0.9, 2.0, 4.0):
+            print(f"prompt, copies {share:4.2f} of computing: {prompt(store, share).over:.3f}")
+        for share in (0.5, 1.0, 2.0):
+            off, on = (token(store, share, lookahead) for lookahead in ("off", "on"))
+            print(
+                f"token, copies {share:4.2f} of computing: {off.over:.3f} without lookahead, "
+                f"{on.over:.3f} with; {off.step / on.step:.2f} times as fast"
+            )
+
+
+if __name__ == "__main__":
+    main()
