@@ -245,25 +245,30 @@ class UpperCache:
     ) -> Iterator[Batch]:
         size, host = self.sizes[layer], set(found.host)
         evicted = {ExpertKey(layer, e) for e in found.evicted}
+        claimed: deque[ExpertKey] = deque()
         # half of the slots that float are computed while the others are filled
-        most = len(misses) if one else max(1, self._floating[size] // 2)
+        most, half = self._floating[size], max(1, self._floating[size] // 2)
+
+        def some(count: int) -> Iterator[Batch]:
+            group = [claimed.popleft() for _ in range(min(count, len(claimed)))]
+            for key in group:
+                self._coming.pop(key).gate()
+            yield Batch(experts=[(key.expert, self._slot[key]) for key in group])
+            self._release(evicted.intersection(group))
+
         for landed in self.below.batches(layer, misses):
-            group: list[ExpertKey] = []
             for expert, page in landed:
-                if expert in host:
-                    continue
-                if len(group) >= most or (group and not self._has_free(size)):
-                    yield self._hand_out(group)
-                    self._release(evicted.intersection(group))
-                    group = []
-                key = ExpertKey(layer, expert)
-                self._claim(key, page)
-                group.append(key)
+                if expert not in host:
+                    while claimed and (
+                        not self._has_free(size) or (not one and len(claimed) >= most)
+                    ):
+                        yield from some(half)
+                    claimed.append(ExpertKey(layer, expert))
+                    self._claim(claimed[-1], page)
             if here := [pair for pair in landed if pair[0] in host]:
                 yield Batch(experts=here, host=True)  # while copies are under way
-            if group:
-                yield self._hand_out(group)
-                self._release(evicted.intersection(group))
+            while claimed:
+                yield from some(len(claimed) if one else half)
 
     def _has_free(self, size: int) -> bool:
         # a slot that a guess holds is as good as free, but for the last resort
@@ -287,11 +292,6 @@ class UpperCache:
         self._slot[key] = slot
         self.bases[key.layer][key.expert] = slot * PAGE
         self.changed = True
-
-    def _hand_out(self, group: list[ExpertKey]) -> Batch:
-        for key in group:
-            self._coming.pop(key).gate()
-        return Batch(experts=[(key.expert, self._slot[key]) for key in group])
 
     def _start(self, layer: int, page: int, slot: int) -> Arrival:
         arrival = self._arrivals[page] = self._send(layer, page, slot)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ import torch
 from moelite.arch import Arch, Attention, Linear, MoE
 from moelite.budget import floating_slots
 from moelite.gpu.device import Device, captured
-from moelite.gpu.experts import DeviceExperts, many
+from moelite.gpu.experts import DeviceExperts
 from moelite.gpu.kv import DeviceKV, attend_many
+from moelite.gpu.layers import RopeTables, load_layer, rotated
 from moelite.gpu.products import Kernels
 from moelite.gpu.routing import route
 from moelite.gpu.weights import GatedOf, Matrix, NormOf, Weights
@@ -31,24 +31,6 @@ OnRoute = Callable[[int, I32], None]
 LOGITS_ROWS = 32  # rows whose logits are computed at once
 # Share of a layer's experts that a chunk uses, above which the next layer's are fetched unseen
 _NEARLY = 0.9
-
-
-class _Layer(NamedTuple):
-    """One layer's weights on the device; router, shared, dense, shared_gate: None if not there."""
-
-    input_norm: NormOf | None
-    q: Matrix
-    k: Matrix
-    v: Matrix
-    o: Matrix
-    q_norm: NormOf | None
-    k_norm: NormOf | None
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
-    post_norm: NormOf | None
-    router: Matrix | None
-    dense: GatedOf | None
-    shared_gate: Matrix | None
 
 
 class DeviceDecoder:
@@ -74,8 +56,8 @@ class DeviceDecoder:
         self.routes: I32 | None = None
         self.shrink: Callable[[], None] = _raise  # makes room when the device is out of memory
         self._kernels, self._experts = kernels, experts
-        self._tables: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._layers = [self._load(i, weights) for i in range(len(arch.layers))]
+        ropes = RopeTables(kv.context, device)
+        self._layers = [load_layer(layer, weights, ropes) for layer in arch.layers]
         self._norm, self._head = weights.norm(arch.norm), weights.matrix(arch.head)
         self._embed = (
             self._head
@@ -241,8 +223,8 @@ class DeviceDecoder:
                 for t in (layer.cos, layer.sin)
             )
             style = spec.rope.style
-            q = _rotated(q, cos[:, None], sin[:, None], style)
-            k = _rotated(k, cos[:, None], sin[:, None], style)
+            q = rotated(q, cos[:, None], sin[:, None], style)
+            k = rotated(k, cos[:, None], sin[:, None], style)
         keys, values, window = self.kv.k[i], self.kv.v[i], spec.window or 0
         if tokens == 1:
             self.kv.put_one(i, self._token[1:2], k, v)
@@ -374,7 +356,8 @@ class DeviceDecoder:
 
     def _linear(self, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
         """x [T, cols], rounded as its format wants, -> [T, rows], bias included."""
-        out = many(self._kernels, matrix, x)
+        fmt, packed, rows, cols, _ = matrix
+        out = self._kernels.linear(fmt, x, packed, 0, rows, cols)
         return out if matrix.bias is None else out.add_(matrix.bias)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -392,64 +375,9 @@ class DeviceDecoder:
         each = torch.arange(ids.numel(), device=at.device)
         return found.view(ids.numel(), TILE_ROWS, cols)[each, at % TILE_ROWS]
 
-    # --- loading --------------------------------------------------------------------------------
-
-    def _load(self, number: int, weights: Weights) -> _Layer:
-        layer = self.arch.layers[number]
-        spec, mlp = layer.attention, layer.mlp
-        cos, sin = self._rope(spec)
-        dense = mlp.shared if isinstance(mlp, MoE) else mlp
-        gate = mlp.shared_gate if isinstance(mlp, MoE) else None
-        return _Layer(
-            input_norm=weights.norm(layer.input_norm),
-            q=weights.matrix(spec.q),
-            k=weights.matrix(spec.k),
-            v=weights.matrix(spec.v),
-            o=weights.matrix(spec.o),
-            q_norm=weights.norm(spec.q_norm),
-            k_norm=weights.norm(spec.k_norm),
-            cos=cos,
-            sin=sin,
-            post_norm=weights.norm(layer.post_norm),
-            router=weights.matrix(mlp.router.linear) if isinstance(mlp, MoE) else None,
-            dense=None if dense is None else weights.gated(dense),
-            shared_gate=None if gate is None else weights.matrix(gate),
-        )
-
-    def _rope(self, spec: Attention) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        rope = spec.rope
-        if rope is None:
-            return None, None
-        if rope not in self._tables:
-            freq = np.array(rope.inv_freq, np.float32)
-            # the angle is a float32 product, as on the CPU
-            angles = np.arange(self.kv.context, dtype=np.float32)[:, None] * freq
-            made = []
-            for turn in (np.cos, np.sin):
-                table = (turn(angles.astype(np.float64)) * rope.scale).astype(np.float32)
-                room = self.device.zeros(table.shape, torch.float32)
-                room.copy_(torch.from_numpy(table))
-                made.append(room)
-            self._tables[rope] = made[0], made[1]
-        return self._tables[rope]
-
 
 def _raise() -> None:
     raise
-
-
-def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: str) -> torch.Tensor:
-    """x [T, heads, D] with its first 2 * n dimensions rotated by cos, sin [T, 1, n]."""
-    n = cos.shape[-1]
-    if style == "interleaved":
-        a, b = x[..., 0 : 2 * n : 2], x[..., 1 : 2 * n : 2]
-    else:
-        a, b = x[..., :n], x[..., n : 2 * n]
-    turned = (a * cos - b * sin, b * cos + a * sin)
-    rest = x[..., 2 * n :]
-    if style == "interleaved":
-        return torch.cat([torch.stack(turned, -1).flatten(-2), rest], -1)
-    return torch.cat([*turned, rest], -1)
 
 
 class _Inputs:

@@ -11,16 +11,11 @@ import torch
 from moelite.cache.upper import UpperCache
 from moelite.gpu.device import Device, timed
 from moelite.gpu.host import HostExperts
-from moelite.gpu.plan import SCRATCH_BYTES
 from moelite.gpu.products import Kernels
-from moelite.gpu.weights import Matrix
-from moelite.quant import FORMATS
-from moelite.quant.base import PAGE, TILE_ROWS
-from moelite.quant.record import RecordLayout
+from moelite.quant.base import PAGE
 from moelite.storefile import LayerEntry
 from moelite.words import I32
 
-FEW = 4  # tokens up to which a matrix is multiplied straight from its tiles
 _PROBES = 5
 _RING = 64  # small arrays on their way to the device
 
@@ -29,19 +24,6 @@ class Inputs(Protocol):
     """The tokens' normed residual, rounded as a format wants it."""
 
     def of(self, fmt: str) -> torch.Tensor: ...
-
-
-def many(kernels: Kernels, matrix: Matrix, x: torch.Tensor) -> torch.Tensor:
-    """x [T, cols] -> [T, rows]; a large matrix is unpacked a strip of rows at a time."""
-    fmt, packed, rows, cols, _ = matrix
-    strip = max(SCRATCH_BYTES // (4 * cols) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
-    if x.shape[0] <= FEW or rows <= strip or not FORMATS[fmt].exact:
-        return kernels.linear(fmt, x, packed, 0, rows, cols)
-    out, tile = x.new_empty((x.shape[0], rows)), FORMATS[fmt].tile_bytes(cols)
-    for at in range(0, rows, strip):
-        n = min(strip, rows - at)
-        out[:, at : at + n] = kernels.linear(fmt, x, packed, at // TILE_ROWS * tile, n, cols)
-    return out
 
 
 class DeviceExperts:
@@ -173,14 +155,11 @@ class DeviceExperts:
     ) -> None:
         layout, k = self._layers[layer].layout_of(expert), self._kernels
         x = inputs.of(layout.gate_up_format)[positions // top_k]
-        wide, down = self._matrices(layout, page * PAGE)
-        hidden = k.gated(many(k, wide, x), layout.expert_size, layout.down_format)
-        self.parts[positions] = many(k, down, hidden)
-
-    def _matrices(self, layout: RecordLayout, at: int) -> tuple[Matrix, Matrix]:
-        record = self.arena[at : at + layout.record_bytes]
-        wide = Matrix(layout.gate_up_format, record[: layout.down], *layout.gate_up_shape)
-        return wide, Matrix(layout.down_format, record[layout.down :], *layout.down_shape)
+        wide, down, at = layout.gate_up_format, layout.down_format, page * PAGE
+        both = k.linear(wide, x, self.arena, at, *layout.gate_up_shape)
+        hidden = k.gated(both, layout.expert_size, down)
+        below = at + layout.down
+        self.parts[positions] = k.linear(down, hidden, self.arena, below, *layout.down_shape)
 
     def _from_host(
         self, layer: int, ranked: Sequence[tuple[int, int, int]], inputs: Inputs

@@ -35,7 +35,7 @@ from moelite.outlook import PROMPT_TOKENS, speeds_here, usual_hits
 from moelite.quant.base import PAGE
 from moelite.store import Store
 from moelite.tiers import device_outlook
-from moelite.units import MIB, show_bytes
+from moelite.units import show_bytes
 
 Miss = Literal["auto", "copy", "cpu"]
 _SHRINK = 0.9  # of the arena, when the device turns out to be fuller than it said
@@ -131,6 +131,7 @@ class DeviceModel(Model):
             try:
                 self._arena = self.device.zeros((size,), torch.uint8)
                 self._plan = plan
+                self.footprint = replace(self.footprint, device=plan)
                 return
             except torch.OutOfMemoryError:
                 self.device.drop_cached()
@@ -138,7 +139,8 @@ class DeviceModel(Model):
 
     def _smaller(self, plan: DevicePlan) -> DevicePlan:
         arena = plan.parts[-1].bytes
-        budget = plan.budget_bytes - max(arena - int(_SHRINK * arena), MIB)
+        record = max(entry.slot_bytes for entry in self.store.layers.values())
+        budget = plan.used_bytes - max(arena - int(_SHRINK * arena), record)
         less = plan_device(
             self.sizes,
             plan.device,
@@ -165,7 +167,6 @@ class DeviceModel(Model):
         self._on_device.arena = self._arena
         slots = slot_counts(self.store.layers, self._plan.slots)
         self.upper.divide(slots, self._plan.slots.quotas)
-        self.footprint = replace(self.footprint, device=self._plan)
         self._decoder.forget()
 
     def _send(self, layer: int, page: int, slot: int) -> Arrival:

@@ -5,6 +5,7 @@ No torch here: `moelite footprint` plans for devices, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -120,8 +121,13 @@ def _workspace(sizes: Sizes, chunk: int) -> int:
     rows += _TEMPORARIES * chunk * inner
     keys = max(2 * a.num_kv_heads * a.head_dim for a in attention) * sizes.context
     logits = 33 * arch.vocab_size
-    largest = max(SCRATCH_BYTES, *(4 * m.experts.gate.cols * 8 for m in moes))
-    return 4 * (rows + keys + logits) + 3 * SCORES_BYTES + 3 * largest
+    largest = [SCRATCH_BYTES]
+    for entry in sizes.layers.values():  # what cannot be unpacked in strips
+        for tier in entry.tiers:
+            shapes = zip(tier.formats, (tier.gate_up_shape, tier.down_shape), strict=True)
+            largest += [4 * math.prod(shape) for fmt, shape in shapes if not FORMATS[fmt].exact]
+    # attention, or products: torch unpacks with indices that take more than their result
+    return 4 * (rows + logits) + max(4 * keys + 3 * SCORES_BYTES, 4 * max(largest))
 
 
 def plan_device(

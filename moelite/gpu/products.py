@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from moelite.errors import UnsupportedError
+from moelite.gpu.plan import SCRATCH_BYTES
 from moelite.gpu.unpack import unpack
 from moelite.quant import FORMATS
 from moelite.quant.base import BLOCK, TILE_ROWS, pad
@@ -66,8 +67,18 @@ class Kernels:
     def linear(
         self, fmt: str, x: Tensor, packed: Tensor, base: int, rows: int, cols: int
     ) -> Tensor:
-        """x [T, cols], already `rounded`, times the matrix at packed[base] -> [T, rows]."""
-        return torch.matmul(x, self.unpack(fmt, packed, base, rows, cols).T)
+        """x [T, cols], already `rounded`, times the matrix at packed[base] -> [T, rows].
+
+        A large one is unpacked a strip of rows at a time, which for most formats are whole tiles.
+        """
+        strip = max(SCRATCH_BYTES // (4 * cols) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
+        if rows <= strip or not FORMATS[fmt].exact:
+            return torch.matmul(x, self.unpack(fmt, packed, base, rows, cols).T)
+        out, tile = x.new_empty((len(x), rows)), FORMATS[fmt].tile_bytes(cols)
+        for at in range(0, rows, strip):
+            n, first = min(strip, rows - at), base + at // TILE_ROWS * tile
+            torch.matmul(x, self.unpack(fmt, packed, first, n, cols).T, out=out[:, at : at + n])
+        return out
 
     def experts(  # noqa: PLR0913 - one launch: a matrix, its places, and where results go
         self,
