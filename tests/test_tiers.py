@@ -70,6 +70,13 @@ def test_two_misses_are_shared_between_link_and_cpu() -> None:
     assert found.disk == pytest.approx(4 * (0.625 * 0.5 + 0.375 * 0.25))
 
 
+def test_a_list_in_memory_that_is_shorter_adds_nothing_to_what_is_copied() -> None:
+    found = traffic(WORK, Quotas((2, 2), (1, 1)), uniform(), HERE)
+    # a layer misses one with .5 and two with .25, one of them is copied: .75 of the misses; .5 of
+    # all lookups miss on the device, and .25 in a list of 3 experts
+    assert found.disk == pytest.approx(4 * (0.75 * 0.5 + 0.25 * 0.5 * 0.25 / 0.5))
+
+
 def test_a_token_by_hand() -> None:
     found = token(WORK, ONE_AND_TWO, uniform(), replace(HERE, miss="copy"))
     assert found.compute_s == pytest.approx(0.1e-3 + 4 * 0.1e-3 + 2 * 30 * 10e-6)
