@@ -85,10 +85,16 @@ def decide(lru: LayerLRU, experts: Sequence[int], split: Split) -> Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Experts that can be computed now: on the device in these slots, or on the host."""
+    """Experts that can be computed: on the device in these slots, or on the host."""
 
     experts: list[tuple[int, int]]
     host: bool = False
+    arrivals: Sequence[Arrival] = ()
+
+    def gate(self) -> None:
+        """What is computed from now on waits until they are there."""
+        for arrival in self.arrivals:
+            arrival.gate()
 
 
 class UpperCache:
@@ -130,6 +136,7 @@ class UpperCache:
         self.changed = True
         self._ahead: dict[ExpertKey, tuple[int, Arrival]] = {}
         self._coming: dict[ExpertKey, Arrival] = {}  # claimed, not handed out yet
+        self._bringing = 0  # misses of the present layer whose copies have not begun
         self._free: dict[int, deque[int]] = {}
         self._floating: dict[int, int] = {}
         begin = 0
@@ -194,7 +201,7 @@ class UpperCache:
             page = self.below.slot_of(layer, expert)
             if page < 0:
                 absent.append(expert)
-            elif place < copied and key not in self._ahead and len(free) > 1:
+            elif not self._bringing and place < copied and key not in self._ahead and len(free) > 1:
                 slot = free.popleft()
                 self._ahead[key] = slot, self._start(layer, page, slot)
         if absent:
@@ -203,10 +210,11 @@ class UpperCache:
     def batches(self, layer: int, experts: Sequence[int], *, one: bool) -> Iterator[Batch]:
         """Yields every needed expert once: residents first, then what comes up from below.
 
-        one: a single token's, of which some may be left to the host. Computing that follows a batch
-        waits for its copies. A slot holds its expert until the next batch is asked for, or, on a
-        device that computes later, until what was asked for by then is computed. Close the
-        generator to stop early.
+        Copies are under way when a batch is handed out: start what may run beside them, then
+        `gate` the batch, then compute. one: a single token's, of which some may be left to the
+        host. A slot holds its expert until the next batch is asked for, or, on a device that
+        computes later, until what was asked for by then is computed. Close the generator to stop
+        early.
         """
         lru = self._layer(layer)
         found = decide(lru, experts, self.split if one else ALL_COPIED)
@@ -214,21 +222,21 @@ class UpperCache:
         self._hits += len(found.hits)
         self._misses += len(misses)
         self._host += len(found.host)
+        self._bringing = len(found.copied)
         evicted = {ExpertKey(layer, e) for e in found.evicted}
         hits = [ExpertKey(layer, e) for e in found.hits]
         try:
             self._release(evicted.difference(hits))
-            for key in [
-                k for k in self._ahead if k.layer == layer and k.expert not in found.copied
-            ]:
-                self._drop(key)
-            if hits:
-                yield Batch(experts=[(key.expert, self._slot[key]) for key in hits])
-                self._release(evicted.intersection(hits))
+            for key in [k for k in self._ahead if k.layer == layer]:
+                if key.expert not in found.copied:
+                    self._drop(key)
+            here = self._here(hits, evicted)
             if misses:
-                yield from self._bring(layer, misses, found, one=one)
+                yield from self._bring(layer, misses, found, here, one=one)
+            yield from here
         finally:
             self._coming.clear()
+            self._bringing = 0
             self._release(evicted)
             for expert in found.copied:
                 if ExpertKey(layer, expert) not in self._slot:
@@ -240,9 +248,15 @@ class UpperCache:
             arrival.wait()
         self._arrivals.clear()
 
+    def _here(self, hits: list[ExpertKey], evicted: set[ExpertKey]) -> Iterator[Batch]:
+        if hits:
+            yield Batch(experts=[(key.expert, self._slot[key]) for key in hits])
+            self._release(evicted.intersection(hits))
+
     def _bring(
-        self, layer: int, misses: list[int], found: Decision, *, one: bool
+        self, layer: int, misses: list[int], found: Decision, here: Iterator[Batch], *, one: bool
     ) -> Iterator[Batch]:
+        """What is missing, and between its first copies and its first batch those that are here."""
         size, host = self.sizes[layer], set(found.host)
         evicted = {ExpertKey(layer, e) for e in found.evicted}
         claimed: deque[ExpertKey] = deque()
@@ -251,22 +265,30 @@ class UpperCache:
 
         def some(count: int) -> Iterator[Batch]:
             group = [claimed.popleft() for _ in range(min(count, len(claimed)))]
-            for key in group:
-                self._coming.pop(key).gate()
-            yield Batch(experts=[(key.expert, self._slot[key]) for key in group])
+            arrivals = [self._coming.pop(key) for key in group]
+            pairs = [(key.expert, self._slot[key]) for key in group]
+            yield Batch(experts=pairs, arrivals=arrivals)
             self._release(evicted.intersection(group))
 
+        if all(self.below.slot_of(layer, expert) < 0 for expert in misses):
+            yield from here  # while they are read
         for landed in self.below.batches(layer, misses):
             for expert, page in landed:
-                if expert not in host:
-                    while claimed and (
-                        not self._has_free(size) or (not one and len(claimed) >= most)
-                    ):
-                        yield from some(half)
-                    claimed.append(ExpertKey(layer, expert))
-                    self._claim(claimed[-1], page)
-            if here := [pair for pair in landed if pair[0] in host]:
-                yield Batch(experts=here, host=True)  # while copies are under way
+                if expert in host:
+                    continue
+                full = len(claimed) >= most and not one
+                if full or not self._has_free(size):
+                    yield from here
+                while claimed and (full or not self._has_free(size)):
+                    full = False
+                    yield from some(half)
+                claimed.append(ExpertKey(layer, expert))
+                self._claim(claimed[-1], page)
+                self._bringing -= 1
+            if computed := [pair for pair in landed if pair[0] in host]:
+                yield from here
+                yield Batch(experts=computed, host=True)  # while copies are under way
+            yield from here
             while claimed:
                 yield from some(len(claimed) if one else half)
 

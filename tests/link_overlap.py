@@ -1,6 +1,9 @@
 """Times a decoder on torch's CPU whose experts come over a simulated link: what a chunk and a token
 take beside their computing and their copies alone.
 
+An expert is tiny and then takes its time asleep, as a GPU leaves the host alone: so the figures are
+of how things overlap, not of what else this machine does.
+
     python tests/link_overlap.py
 """
 
@@ -9,6 +12,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +22,48 @@ import tiny_checkpoint
 import torch
 
 import moelite
+from moelite.gpu import model as model_file
 from moelite.gpu.device import Link
+from moelite.gpu.products import HostKernels
 
 EXPERTS, TOP_K = 32, 4
 CONFIG = {
-    "hidden_size": 512,
-    "moe_intermediate_size": 512,
+    "hidden_size": 64,
+    "moe_intermediate_size": 64,
     "num_experts": EXPERTS,
+    "mlp_only_layers": [],
+    "num_hidden_layers": 6,
     "num_experts_per_tok": TOP_K,
-    "num_attention_heads": 8,
-    "head_dim": 32,
+    "num_attention_heads": 4,
+    "head_dim": 16,
     "vocab_size": 500,
     "max_position_embeddings": 512,
 }
 RUNS = 5
+PACE_S = 0.004  # of one expert
+
+
+class Paced(HostKernels):
+    """Kernels that take PACE_S for each expert."""
+
+    def gated(self, both: torch.Tensor, size: int, fmt_down: str) -> torch.Tensor:
+        # a chunk's experts come one by one; a token's, all that are there, as rows of one call
+        experts = len(both) if self.one else 1
+        time.sleep(experts * PACE_S)
+        return super().gated(both, size, fmt_down)
+
+    one = False
+
+
+@contextmanager
+def paced(tokens: int) -> Iterator[None]:
+    """While entered, models compute at that pace."""
+    before, Paced.one = model_file.kernels_for, tokens == 1
+    model_file.kernels_for = Paced
+    try:
+        yield
+    finally:
+        model_file.kernels_for = before
 
 
 class Seen(NamedTuple):
@@ -47,7 +80,7 @@ class Seen(NamedTuple):
 
 
 def write(folder: Path) -> Path:
-    """A store whose experts take some milliseconds each to compute."""
+    """A store of many small experts."""
     tiny_checkpoint.write_checkpoint(folder / "c", {**tiny_checkpoint.QWEN3_MOE, **CONFIG})
     (folder / "c" / "tokenizer.json").unlink()
     moelite.quantize(folder / "c", folder / "s", experts="int8", dense="int8")
@@ -55,7 +88,7 @@ def write(folder: Path) -> Path:
 
 
 def _how(lookahead: str = "off") -> dict[str, Any]:
-    how: dict[str, Any] = {"ram": "2GiB", "context": 256, "threads": 1, "device": "torch:cpu"}
+    how: dict[str, Any] = {"ram": "2GiB", "context": 512, "threads": 1, "device": "torch:cpu"}
     return {**how, "miss": "copy", "lookahead": lookahead}
 
 
@@ -63,6 +96,7 @@ def _steps(model: Any, chunk: int) -> tuple[float, float]:
     """(median seconds, bytes copied) of a step of `chunk` tokens, after two that warm up."""
     ids = np.random.default_rng(0).integers(3, 500, chunk * (RUNS + 2)).tolist()
     session, times = model.session(), []
+    session.advance(np.random.default_rng(1).integers(3, 500, 120))  # memory has them all then
     for run in range(RUNS + 2):
         before = model.stats().upper.bytes_read
         start = time.perf_counter()
@@ -73,7 +107,7 @@ def _steps(model: Any, chunk: int) -> tuple[float, float]:
 
 def resident(store: Path, chunk: int) -> float:
     """Seconds of a step with every expert on the device."""
-    with moelite.load(store, **_how(), vram="2GiB") as model:
+    with paced(chunk), moelite.load(store, **_how(), vram="2GiB") as model:
         return _steps(model, chunk)[0]
 
 
@@ -81,8 +115,9 @@ def over_link(store: Path, chunk: int, link: Link, lookahead: str = "off") -> tu
     """(seconds, seconds of its copies alone) of a step with no expert kept on the device."""
     with moelite.load(store, **_how(), vram="2GiB") as model:
         plan = model.footprint.device
-    room = plan.minimum_bytes + (2 * TOP_K - 2) * model.footprint.record_bytes
-    with moelite.load(store, **_how(lookahead), vram=room, link=link) as model:
+    room = plan.minimum_bytes + (4 * TOP_K - 2) * model.footprint.record_bytes
+    options = _how(lookahead)
+    with paced(chunk), moelite.load(store, **options, vram=room, link=link) as model:
         step, copied = _steps(model, chunk)
     return step, copied / link.bytes_s
 
@@ -105,8 +140,8 @@ def token(store: Path, share: float, lookahead: str) -> Seen:
         record = model.footprint.record_bytes
         layers = len(model.arch.moe_layers)
     link = Link(layers * TOP_K * record / (share * compute), 20e-6)
-    step, _ = over_link(store, 1, link, lookahead)
-    return Seen(step, compute, share * compute)
+    step, copies = over_link(store, 1, link, lookahead)
+    return Seen(step, compute, copies)
 
 
 def main() -> None:

@@ -92,7 +92,7 @@ def third_party(path: Path) -> set[str]:
 
 
 # llvmlite comes with numba, which pins the one release that fits it
-IMPLIED = {"llvmlite": "numba"}
+IMPLIED = {"llvmlite": "numba", "pynvml": "nvidia-ml-py"}
 
 
 def test_the_package_imports_only_what_it_declares() -> None:

@@ -87,6 +87,7 @@ class Tiers:
         is looked into, then overwritten by what the device computes later."""
         order, host = [], 0
         for batch in self.upper.batches(layer, experts, one=one):
+            batch.gate()
             for expert, page in batch.experts:
                 where = self.below.arena[page * PAGE :] if batch.host else self.device[page]
                 assert tuple(where[:2]) == (layer, expert)

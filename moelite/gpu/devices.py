@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moelite.errors import UsageError
-from moelite.units import MIB
 
 NAMES = ("auto", "cpu", "cuda", "mps", "xpu", "torch:cpu")
-
-# What a CUDA context takes beside torch's allocator, by the driver's own count: docs/log/gpu.md
-CONTEXT_BYTES = 512 * MIB
 LANE_BYTES_S = {1: 0.25e9, 2: 0.5e9, 3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.56e9}  # PCI-SIG
 
 

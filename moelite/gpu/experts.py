@@ -66,6 +66,7 @@ class DeviceExperts:
         ranks = {expert: rank for rank, expert in enumerate(wanted)}
         for batch in self.cache.batches(layer, wanted, one=True):
             between()
+            batch.gate()
             if batch.host:
                 assert self.host is not None
                 ranked = [(ranks[e], e, page) for e, page in batch.experts]
@@ -125,6 +126,7 @@ class DeviceExperts:
         positions = torch.from_numpy(order).to(self._device.torch)
         for batch in self.cache.batches(layer, found.tolist(), one=False):
             between()
+            batch.gate()
             for expert, page in batch.experts:
                 start, end = runs[expert]
                 self._many(layer, expert, page, positions[start:end], top_k, inputs)

@@ -142,7 +142,7 @@ def plan_device(
     Never raises for a budget that is too small: see `fits`.
     """
     arch, chunk = sizes.arch, CHUNK if chunk is None else chunk
-    floating = floating_slots(arch)
+    floating = 2 * floating_slots(arch)  # a token's, and those of the next layer on their way
     classes = sorted({entry.slot_bytes for entry in sizes.layers.values()})
     context = CONTEXT_BYTES if device.partition(":")[0] == "cuda" else 0
     dense = block_bytes(arch, sizes.dense)
