@@ -39,6 +39,11 @@ DENSE_PARTS = {
 ATTENTION_PARTS = ("q", "k", "v", "o")
 NAMED: dict[str, dict[str, Any]] = {
     "int4": {"experts": "int4", "dense": "int8"},
+    "int4-qo": {
+        "experts": "int4",
+        "dense": "int8",
+        "rule": [{"part": "q", "format": "int4"}, {"part": "o", "format": "int4"}],
+    },
     "int8": {"experts": "int8", "dense": "int8"},
 }
 _SIZE_LIMIT = 1 << 20  # bytes of a recipe's file

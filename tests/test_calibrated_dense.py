@@ -146,6 +146,21 @@ def test_layers_that_are_done_are_not_packed_again(
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
+def test_killed_after_the_file_got_its_name_nothing_is_packed_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed(model, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(DenseFile, "finish", killing(DenseFile.finish, 1))
+        with pytest.raises(Killed):
+            fed(model, tmp_path / "store")
+    assert not (tmp_path / "store" / BEGUN).exists()
+    monkeypatch.setattr(DenseFile, "put", killing(DenseFile.put, 1, before=True))
+    monkeypatch.setattr(DenseFile, "write", killing(DenseFile.write, 1, before=True))
+    fed(model, tmp_path / "store")
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
 def test_a_begun_file_that_is_lost_is_made_anew(model: Path, tmp_path: Path) -> None:
     fed(model, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
