@@ -259,7 +259,9 @@ class _Job:
                 self.calibration.pack_dense(layer)
                 self._journal()
             self.done_bytes += _source_bytes(self.source, parts)
-            self.progress(self.done_bytes, self.inventory.source_bytes, f"attention {layer}")
+            self.progress(
+                self.done_bytes, self.inventory.source_bytes, f"dense weights, layer {layer}"
+            )
 
     def _identity(self) -> dict[str, Any]:
         return {

@@ -170,6 +170,15 @@ def test_a_begun_file_that_is_lost_is_made_anew(model: Path, tmp_path: Path) -> 
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
+def test_a_deleted_file_of_a_finished_store_is_made_anew(model: Path, tmp_path: Path) -> None:
+    fed(model, tmp_path / "store")
+    before = contents(tmp_path / "store")
+    for name in (DENSE, "experts-00002.safetensors"):
+        (tmp_path / "store" / name).unlink()
+        fed(model, tmp_path / "store")
+        assert contents(tmp_path / "store") == before
+
+
 def test_a_file_instead_of_memory_gives_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
