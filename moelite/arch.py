@@ -99,6 +99,10 @@ class Attention:
     clip: float | None = None  # clamp q, k, v to [-clip, clip] after projection and qk norm
     window: int | None = None  # each token sees itself and the window - 1 before it
 
+    @property
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        return self.q, self.k, self.v, self.o
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedMLP:

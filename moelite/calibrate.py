@@ -4,7 +4,8 @@ Layer by layer the residual stream of the whole text passes the layers as they w
 weights from the dense file, routed experts as soon as they are packed. So what an expert is
 calibrated with carries the error of all that lies before it, its own gate and up included.
 
-    enter a layer   attention, norm, router; the shared expert, or all of a dense layer
+    enter a layer   its dense matrices are packed, if they are to be (`calibrate_dense`)
+                    attention, norm, router; the shared expert, or all of a dense layer
     each expert     H of its inputs -> pack gate, up; H of what they hand down -> pack down;
                     down's output, times the routing weights, into the residual
 
@@ -28,7 +29,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from moelite.arch import Arch, MoE
+from moelite.arch import Arch, Linear, MoE
+from moelite.belief import believed
+from moelite.calibrate_dense import DensePacker, pack_layer, packing_bytes
 from moelite.forward import (
     EMBED_ROWS,
     Normed,
@@ -37,6 +40,7 @@ from moelite.forward import (
     Weights,
     dense_mlp,
     silu_gate,
+    unrouted,
 )
 from moelite.quant.base import F32, U8, QuantFormat
 from moelite.quant.curvature import Curvature, curvature
@@ -50,7 +54,6 @@ Matrices = tuple[F32, F32, F32]  # gate, up, down
 
 CONTEXT = 512  # tokens of a sequence
 TOKENS = 32_768  # of the text
-PRIOR = 64  # tokens
 FEW = 256  # an expert that met fewer tokens is reported
 _ROWS = 1024  # tokens of an expert multiplied at once
 
@@ -110,7 +113,8 @@ class Calibrator:
     """Hands every expert's Curvature to its formats, expert after expert in their order.
 
     finished(layer, expert) -> gate, up, down as stored, of a layer that an earlier run packed.
-    spill: a folder in which the residual lies in a file, instead of in memory.
+    spill: a folder in which the residual lies in a file, instead of in memory. dense: packs the
+    dense matrices of a layer as it is entered; they are then read from `weights`.
     """
 
     def __init__(
@@ -120,9 +124,11 @@ class Calibrator:
         text: Text,
         finished: Callable[[int, int], Matrices],
         spill: Path | None = None,
+        dense: DensePacker | None = None,
     ) -> None:
         self.rare: list[Rare] = []
         self._arch, self._weights, self._finished = arch, weights, finished
+        self._dense = dense
         shape = (text.tokens, arch.hidden_size)
         self._x, self._normed = Stream(shape, spill), Stream(shape, spill)
         self._spans: list[slice] = []
@@ -148,12 +154,14 @@ class Calibrator:
         """
         self._reach(layer, expert)
         tokens, (gate, up, down) = self._tokens_of(expert), matrices
-        curve = self._curve(tokens, self._typical, None)
+        curve = None
+        if any(wide.curved for wide, _ in formats):
+            curve = self._curve(tokens, self._typical, None)
         packed: list[tuple[U8, U8]] = []
         for wide, narrow in formats:
             both = pack_gate_up(wide, gate, up, curve)
             first = unpack_gate_up(wide, both, *gate.shape)
-            last = narrow.pack(down, self._curve(tokens, None, first))
+            last = narrow.pack(down, self._curve(tokens, None, first) if narrow.curved else None)
             if not packed:
                 stored = *first, narrow.unpack(last, *down.shape)
             packed.append((both, last))
@@ -173,6 +181,13 @@ class Calibrator:
         self._expert += 1
         return Inputs(first, last, weight)
 
+    def enter(self, layer: int) -> None:
+        """Goes to the first expert of a layer; before it, the layer's dense matrices are packed."""
+        while self._layer < layer:
+            self._complete()
+            self._layer += 1
+            self._enter()
+
     def close(self) -> None:
         """Gives the streams' memory or files back."""
         self._x.close()
@@ -181,10 +196,7 @@ class Calibrator:
     # --- the way to a layer ---
 
     def _reach(self, layer: int, expert: int) -> None:
-        while self._layer < layer:
-            self._complete()
-            self._layer += 1
-            self._enter()
+        self.enter(layer)
         assert (layer, expert) == (self._layer, self._expert), "experts come in their order"
 
     def _complete(self) -> None:
@@ -197,6 +209,8 @@ class Calibrator:
     def _enter(self) -> None:
         layer, weights = self._arch.layers[self._layer], self._weights
         mlp, self._expert = layer.mlp, 0
+        if self._dense is not None:
+            pack_layer(layer, weights, self._residual, self._dense)
         before, after = Normed(weights, layer.input_norm), Normed(weights, layer.post_norm)
         attention, dense = SelfAttention(weights, layer.attention), dense_mlp(weights, mlp)
         router = Projection(weights, mlp.router.linear) if isinstance(mlp, MoE) else None
@@ -216,6 +230,10 @@ class Calibrator:
                 chosen.append(route(mlp.router, router(normed)))
         if isinstance(mlp, MoE):
             self._choose(mlp, chosen, np.concatenate(energy))
+
+    def _residual(self) -> Iterator[F32]:
+        for span in self._spans:
+            yield self._x.read(np.arange(span.start, span.stop))
 
     def _choose(
         self, mlp: MoE, chosen: list[tuple[npt.NDArray[np.int32], F32]], energy: F32
@@ -274,22 +292,28 @@ class Calibrator:
             self._x.write(rows[span], x)
 
 
-def calibration_bytes(arch: Arch, tokens: int, context: int = CONTEXT) -> int:
+def calibration_bytes(
+    arch: Arch, tokens: int, context: int = CONTEXT, curved: Sequence[Linear] = ()
+) -> int:
     """Memory that a Calibrator and its formats take at most, its two streams in a file.
 
-    Twice what is held at once where numpy needs room for intermediate results.
+    Twice what is held at once where numpy needs room for intermediate results. curved: the dense
+    matrices that are packed on the way.
     """
     hidden, most = arch.hidden_size, 0
+    packing = max(map(packing_bytes, curved), default=0)
     for layer in arch.layers:
         a, mlp = layer.attention, layer.mlp
-        dense = mlp.shared if isinstance(mlp, MoE) else mlp
-        parts = [a.q, a.k, a.v, a.o, *(dense.matrices if dense is not None else ())]
+        dense = unrouted(mlp)
+        parts = [*a.linears, *(dense.matrices if dense is not None else ())]
         sizes = [part.rows * part.cols for part in parts]
         scores = a.num_heads // a.num_kv_heads * context * context
         widths = 2 * hidden + 2 * a.q.rows + 2 * a.k.rows
         widths += 0 if dense is None else 2 * dense.gate.rows
         entering = sum(sizes) + 3 * max(sizes) + 3 * scores + 4 * context * widths
-        most = max(most, 4 * entering, 0 if not isinstance(mlp, MoE) else _packing_bytes(mlp))
+        most = max(
+            most, 4 * entering + packing, 0 if not isinstance(mlp, MoE) else _packing_bytes(mlp)
+        )
     chosen = max(x.mlp.router.top_k for x in arch.layers if isinstance(x.mlp, MoE))
     # ids, routing and energy of all tokens, and their concatenation
     return most + 12 * EMBED_ROWS * hidden + tokens * (64 + 24 * chosen)
@@ -306,17 +330,3 @@ def _packing_bytes(mlp: MoE) -> int:
     matrices = 4 * 9 * inner * hidden
     squares = 52 * max(inner, hidden) ** 2  # 5 times as float64, 3 times as float32
     return matrices + squares + 4 * _ROWS * (2 * hidden + 4 * inner)
-
-
-def believed(hessian: F32, known: float, typical: F32 | None) -> F32:
-    """A mean x x^T [I, I] as far as `known` tokens tell it; changed in place.
-
-    typical [I]: mean squares to expect without knowing any token; None: all alike.
-    """
-    diagonal = np.diagonal(hessian).astype(np.float64)
-    expected = diagonal.mean() or 1.0 if typical is None else typical
-    mixed = (known * diagonal + PRIOR * expected) / (known + PRIOR)
-    # never more than of the mean squares: what is left stays positive definite
-    hessian *= np.float32(known / (known + max(len(diagonal), PRIOR)))
-    np.fill_diagonal(hessian, mixed)
-    return hessian

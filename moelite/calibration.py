@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moelite.arch import Arch, MoE, TensorRef
+from moelite.arch import Arch, Linear, MoE, TensorRef
 from moelite.calibrate import (
     CONTEXT,
     TOKENS,
@@ -24,15 +24,16 @@ from moelite.calibrate import (
     tokenize,
 )
 from moelite.checkpoint import Source, read
+from moelite.densefile import DenseFile
 from moelite.errors import BudgetError, QuantizationError, StoreError, UsageError
 from moelite.forward import DenseWeights
 from moelite.inventory import Inventory
 from moelite.process import rss_bytes
 from moelite.quant import FORMATS
 from moelite.quant.base import F32, TILE_ROWS, U8, check_weight
-from moelite.quant.curvature import curvature
+from moelite.quant.curvature import Curvature, curvature
 from moelite.quant.record import unpack_record
-from moelite.storefile import DENSE, LayerEntry, layer_file
+from moelite.storefile import LayerEntry, layer_file
 from moelite.tensorfile import pread_into, read_header
 from moelite.tokenizer import Tokenizer
 from moelite.units import MIB, show_bytes
@@ -41,12 +42,18 @@ _SLACK_BYTES = 48 * MIB  # threads of BLAS, the allocator, headers
 
 
 class Calibration:
-    """What packs the experts of a store in `out`, once its dense file is there."""
+    """What packs the experts of a store in `out`, and those matrices of its dense file that its
+    formats have curves for, once the rest of the file is there."""
 
-    def __init__(self, source: Source, inventory: Inventory, out: Path, text: Text) -> None:
+    def __init__(
+        self, source: Source, inventory: Inventory, out: Path, text: Text, dense: DenseFile
+    ) -> None:
         # for the manifest: the same text, by its ids or by its file
         self.facts = {"ids": text.digest, "tokens": text.tokens, "sha256": text.sha256}
+        if dense.layers:
+            self.facts["dense"] = True
         self._source, self._inventory, self._out, self._text = source, inventory, out, text
+        self._dense = dense
         self._spill = False
         self._entries: Mapping[int, LayerEntry] = {}
         self._calibrator: Calibrator | None = None
@@ -63,7 +70,8 @@ class Calibration:
         """
         self._entries = entries
         inventory = self._inventory
-        self._spill = must_spill(inventory.arch, self._text, inventory.formats, budget)
+        curved = [part for parts in self._dense.layers.values() for part in parts]
+        self._spill = must_spill(inventory.arch, self._text, inventory.formats, budget, curved)
 
     def pack(
         self, layer: int, expert: int, formats: Sequence[tuple[str, str]]
@@ -72,24 +80,53 @@ class Calibration:
 
         QuantizationError names a bad tensor.
         """
+        pairs = [(FORMATS[wide], FORMATS[down]) for wide, down in formats]
+        matrices = _matrices(self._source, self._inventory.layers[layer], expert)
+        return self._walk().pack(layer, expert, pairs, matrices)
+
+    def pack_dense(self, layer: int) -> None:
+        """Packs the matrices of a layer's dense part into the dense file; layers in order.
+
+        QuantizationError names a bad tensor.
+        """
+        self._walk().enter(layer)
+        self._dense.close_layer(layer)
+
+    def _walk(self) -> Calibrator:
         inventory = self._inventory
         if self._calibrator is None:
             specs = {key: item.spec for key, item in inventory.items.items()}
             self._calibrator = Calibrator(
                 inventory.arch,
-                DenseWeights(self._out / DENSE, specs),
+                DenseWeights(self._dense.path, specs),
                 self._text,
                 _stored(self._out, self._entries),
                 self._out if self._spill else None,
+                _Packer(self._source, inventory, self._dense) if self._dense.layers else None,
             )
-        pairs = [(FORMATS[wide], FORMATS[down]) for wide, down in formats]
-        matrices = _matrices(self._source, inventory.layers[layer], expert)
-        return self._calibrator.pack(layer, expert, pairs, matrices)
+        return self._calibrator
 
     def close(self) -> None:
         """Gives memory and files back; `rare` stays."""
         if self._calibrator is not None:
             self._calibrator.close()
+
+
+class _Packer:
+    """The DensePacker of a store's dense file."""
+
+    def __init__(self, source: Source, inventory: Inventory, file: DenseFile) -> None:
+        self._source, self._inventory, self._file = source, inventory, file
+
+    def wanted(self, part: Linear) -> bool:
+        return self._file.wanted(part)
+
+    def original(self, part: Linear) -> F32:
+        return _checked(self._source, part.weight)
+
+    def pack(self, part: Linear, curve: Curvature) -> None:
+        name = self._inventory.items[part.weight.key].spec.format
+        self._file.put(part, FORMATS[name].pack(self.original(part), curve))
 
 
 def read_text(source: Source, given: str | Path | Sequence[int] | None, tokens: int) -> Text | None:
@@ -116,15 +153,22 @@ def read_text(source: Source, given: str | Path | Sequence[int] | None, tokens: 
     return text
 
 
-def must_spill(arch: Arch, text: Text, formats: Iterable[str], budget: int) -> bool:
+def must_spill(
+    arch: Arch,
+    text: Text,
+    formats: Iterable[str],
+    budget: int,
+    curved: Sequence[Linear] = (),
+) -> bool:
     """Whether the streams have to lie in a file, so that memory stays below `budget`.
 
-    Raises BudgetError, naming the least, when even that is not enough.
+    curved: dense matrices that are packed on the way. Raises BudgetError, naming the least, when
+    even that is not enough.
     """
     for name in formats:  # compiles, so that it counts below
         FORMATS[name].pack(np.ones((TILE_ROWS, 64), np.float32), curvature(np.eye(64, dtype="f4")))
     context = max(map(len, text.sequences))
-    need = rss_bytes() + _SLACK_BYTES + calibration_bytes(arch, text.tokens, context)
+    need = rss_bytes() + _SLACK_BYTES + calibration_bytes(arch, text.tokens, context, curved)
     if need > budget:
         least = math.ceil(need / MIB)
         raise BudgetError(

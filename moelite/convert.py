@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,19 @@ from moelite.arch import TensorRef
 from moelite.calibrate import TOKENS, Rare
 from moelite.calibration import Calibration, read_text
 from moelite.checkpoint import Source
+from moelite.densefile import DenseFile
 from moelite.errors import MoeliteError, StoreError
 from moelite.hub import Progress
 from moelite.inputs import open_source
-from moelite.inventory import Inventory, classes_of, source_bytes, take_inventory
+from moelite.inventory import DenseItem, Inventory, classes_of, source_bytes, take_inventory
 from moelite.kept import keeping
 from moelite.layerfile import write_layer
 from moelite.models import build
 from moelite.packing import (
     TEMPORARY,
     locked,
-    new_file,
-    pack_dense,
     pack_expert,
     replace_file,
-    size_of,
     sync_folder,
     workers,
 )
@@ -41,6 +39,7 @@ from moelite.process import peak_rss_bytes
 from moelite.quant.base import U8
 from moelite.quant.qmoe import Statistics
 from moelite.recipe import Recipe, choose
+from moelite.resume import State, look
 from moelite.sizing import packing_budget
 from moelite.sparsity import ternary_statistics
 from moelite.store import Store
@@ -53,22 +52,15 @@ from moelite.storefile import (
     LayerEntry,
     Manifest,
     TensorClass,
-    check_version,
-    dense_header,
     describe,
     dump,
-    file_entry,
     file_json,
-    layer_entry,
     layer_file,
     manifest_bytes,
-    packed_bytes,
-    read_json,
-    read_manifest,
     spans,
 )
 from moelite.target import Target, Way, fit
-from moelite.tensorfile import pwrite_all, read_header
+from moelite.tensorfile import read_header
 from moelite.units import show_bytes
 
 
@@ -145,10 +137,11 @@ def quantize(  # noqa: PLR0913 - the options of `moelite quantize`, one by one
     elif experts is None and recipe is None and calibrate is None:
         asked = keeping(source, build(source.config), asked)
     inventory = take_inventory(source, asked)
-    calibration = None if text is None else Calibration(source, inventory, out, text)
-    state = _State()
+    file = DenseFile(source, inventory, out, text is not None)
+    calibration = None if text is None else Calibration(source, inventory, out, text, file)
+    state = State()
     if not dry_run:
-        job = _Job(source, inventory, out, progress or _silent, calibration)
+        job = _Job(source, inventory, out, progress or _silent, file, calibration)
         try:
             state = job.run(budget)
         except OSError as problem:
@@ -180,16 +173,6 @@ def _silent(done: int, total: int, note: str) -> None:
     pass
 
 
-@dataclass(slots=True)
-class _State:
-    """What is in the folder already."""
-
-    finished: bool = False
-    kept: dict[str, FileEntry] = field(default_factory=dict)
-    entries: dict[int, LayerEntry] = field(default_factory=dict)
-    classes: tuple[TensorClass, ...] = ()
-
-
 class _Job:
     """One run of quantize."""
 
@@ -199,9 +182,11 @@ class _Job:
         inventory: Inventory,
         out: Path,
         progress: Progress,
+        dense: DenseFile,
         calibration: Calibration | None,
     ) -> None:
         self.source = source
+        self.dense = dense
         self.calibration = calibration
         self.inventory = inventory
         self.out = out
@@ -211,8 +196,8 @@ class _Job:
         self.done_bytes = 0
         self.workers = 1
 
-    def run(self, budget: int) -> _State:
-        state = self._existing()
+    def run(self, budget: int) -> State:
+        state = look(self.out, self._identity())
         if state.finished:
             return state
         self.files, self.entries = dict(state.kept), dict(state.entries)
@@ -224,14 +209,19 @@ class _Job:
         with locked(self.out):
             for left in self.out.glob(f"*{TEMPORARY}"):
                 left.unlink()
+            self.dense.resume(state.dense, DENSE in self.files)
             self._journal()
             for name, data in self.source.files.items():
                 replace_file(self.out / name, data)
                 self.files[name] = describe(self.out / name, [])
-            self._step(DENSE, _source_bytes(self.source, self._dense_refs()), self._dense)
-            for layer in self.inventory.layers:
-                refs = self._expert_refs(layer)
-                self._step(layer_file(layer), _source_bytes(self.source, refs), self._layer, layer)
+            self._begin_dense()
+            for layer in range(len(self.inventory.arch.layers)):
+                self._calibrated(layer)
+                if layer in self.inventory.layers:
+                    size = _source_bytes(self.source, self._expert_refs(layer))
+                    self._step(layer_file(layer), size, self._layer, layer)
+            if self.dense.layers:
+                self._step(DENSE, 0, self.dense.finish)
             manifest = self._manifest()
             state.classes = manifest.classes
             replace_file(self.out / MANIFEST, manifest_bytes(manifest))
@@ -251,7 +241,28 @@ class _Job:
         self.done_bytes = begin + size
         self.progress(self.done_bytes, self.inventory.source_bytes, name)
 
-    # --- what is there already ---
+    def _begin_dense(self) -> None:
+        """The dense file, but for what is packed layer by layer."""
+        size = sum(map(self._size, self.dense.plain()))
+        if not self.dense.layers:
+            self._step(DENSE, size, self.dense.write, self._each_item)
+            return
+        begin = self.done_bytes
+        if not self.dense.finished and self.dense.done is None:
+            self.dense.write(self._each_item)
+            self._journal()
+        self.done_bytes = begin + size
+
+    def _calibrated(self, layer: int) -> None:
+        """What is packed by calibration of a layer's dense part."""
+        if (parts := self.dense.parts(layer)) and self.calibration is not None:
+            if not self.dense.finished and layer not in (self.dense.done or ()):
+                self.calibration.pack_dense(layer)
+                self._journal()
+            self.done_bytes += _source_bytes(self.source, parts)
+            self.progress(
+                self.done_bytes, self.inventory.source_bytes, f"dense weights, layer {layer}"
+            )
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -261,53 +272,10 @@ class _Job:
             "calibration": None if self.calibration is None else self.calibration.facts,
         }
 
-    def _existing(self) -> _State:
-        """Finished, begun or nothing. Raises StoreError for a folder that is not this store's."""
-        if self.out.exists() and not self.out.is_dir():
-            raise StoreError(f"{self.out} is a file", fix="name a new folder")
-        present = {p.name for p in self.out.iterdir()} if self.out.exists() else set()
-        if not present - {PARTIAL + TEMPORARY}:
-            return _State()
-        if MANIFEST in present:
-            manifest = read_manifest(self.out / MANIFEST)
-            self._refuse_other({k: getattr(manifest, k) for k in self._identity()})
-            files, entries = manifest.files, manifest.layers
-        elif PARTIAL in present:
-            raw = read_json(self.out / PARTIAL)
-            check_version(self.out / PARTIAL, raw)
-            self._refuse_other(raw)
-            files = {name: file_entry(entry) for name, entry in raw.get("files", {}).items()}
-            entries = {int(k): layer_entry(v) for k, v in raw.get("layers", {}).items()}
-        else:
-            raise StoreError(
-                f"{self.out} is not empty and not a store: it holds {sorted(present)[0]}",
-                fix="name a new folder; nothing was touched",
-            )
-        kept = {n: e for n, e in files.items() if size_of(self.out / n) == e.bytes}
-        finished = MANIFEST in present and kept == files
-        return _State(finished=finished, kept=kept, entries=entries)
-
-    def _refuse_other(self, found: dict[str, Any]) -> None:
-        def show(facts: dict[str, Any]) -> str:
-            recipe = facts.get("recipe")
-            found = recipe if isinstance(recipe, dict) else {}
-            names = [key for key in ("experts", "dense", "low", "rule") if key in found]
-            rest = ", ".join(f"{key} {found[key]}" for key in names)
-            text = facts.get("calibration")
-            rest += f", calibrated by {text['ids'][:8]}" if isinstance(text, dict) else ""
-            return f"{facts.get('source')} with {rest}"
-
-        wanted = self._identity()
-        if any(found.get(key) != value for key, value in wanted.items()):
-            other = "" if show(found) != show(wanted) else " (the same name, other weights)"
-            raise StoreError(
-                f"{self.out} is the store of {show(found)}; asked for {show(wanted)}{other}",
-                fix="name a new folder, or delete this one",
-            )
-
-    def _check_disk(self, state: _State) -> None:
+    def _check_disk(self, state: State) -> None:
         place = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
         need = self.inventory.store_bytes - sum(e.bytes for e in state.kept.values())
+        need -= self.dense.left_bytes
         free = shutil.disk_usage(place).free
         if need > free:
             raise MoeliteError(
@@ -321,6 +289,8 @@ class _Job:
         files = {name: file_json(e) for name, e in self.files.items() if e.crc32}
         layers = {str(layer): asdict(entry) for layer, entry in self.entries.items()}
         facts = {"store_version": VERSION, **self._identity(), "files": files, "layers": layers}
+        if self.dense.layers and self.dense.done is not None:
+            facts["dense"] = self.dense.done
         replace_file(self.out / PARTIAL, dump(facts))
 
     def _manifest(self) -> Manifest:
@@ -336,10 +306,6 @@ class _Job:
             files=dict(sorted(self.files.items())),
         )
 
-    def _dense_refs(self) -> Iterator[tuple[TensorRef, tuple[int, ...]]]:
-        for item in self.inventory.items.values():
-            yield item.ref, item.spec.shape
-
     def _expert_refs(self, layer: int) -> Iterator[tuple[TensorRef, tuple[int, ...]]]:
         mlp = self.inventory.layers[layer]
         for expert in range(mlp.num_experts):
@@ -349,20 +315,15 @@ class _Job:
         for part in self.inventory.layers[layer].experts.matrices:
             yield part.weight.at(expert), (part.rows, part.cols)
 
-    def _dense(self) -> None:
-        items = self.inventory.items
-        header, offsets = dense_header({key: item.spec for key, item in items.items()})
-        last = max(offsets, key=lambda key: offsets[key])
-        size = offsets[last] + packed_bytes(items[last].spec.format, items[last].spec.shape)
-        with new_file(self.out / DENSE, size) as fd:
-            pwrite_all(fd, header, 0)
+    def _size(self, item: DenseItem) -> int:
+        return _source_bytes(self.source, [(item.ref, item.spec.shape)])
 
-            def one(key: str) -> int:
-                item = items[key]
-                pack_dense(fd, offsets[key], self.source, item)
-                return _source_bytes(self.source, [(item.ref, item.spec.shape)])
+    def _each_item(self, items: Iterable[DenseItem], write: Callable[[DenseItem], None]) -> None:
+        def done(item: DenseItem) -> int:
+            write(item)
+            return self._size(item)
 
-            self._each(items, one, "attention, embeddings and the rest")
+        self._each(items, done, "attention, embeddings and the rest")
 
     def _layer(self, layer: int) -> None:
         mlp = self.inventory.layers[layer]

@@ -114,19 +114,17 @@ class Normed:
         return y if self._bias is None else y + self._bias
 
 
-class SelfAttention:
-    """o(attention(q, k, v)) of one sequence, from its first token on."""
+class Heads:
+    """attention(q, k, v) of one sequence, from its first token on: what o reads."""
 
     def __init__(self, weights: Weights, spec: Attention) -> None:
         self._spec = spec
-        self._q, self._k, self._v, self._o = (
-            Projection(weights, part) for part in (spec.q, spec.k, spec.v, spec.o)
-        )
+        self._q, self._k, self._v = (Projection(weights, part) for part in (spec.q, spec.k, spec.v))
         self._q_norm = None if spec.q_norm is None else Normed(weights, spec.q_norm)
         self._k_norm = None if spec.k_norm is None else Normed(weights, spec.k_norm)
 
     def __call__(self, x: F32) -> F32:
-        """x [T, H], normed, is what q, k and v read -> what is added to the residual, [T, H]."""
+        """x [T, H], normed, is what q, k and v read -> [T, N * D]."""
         spec, tokens = self._spec, len(x)
         q, k, v = self._q(x), self._k(x), self._v(x)
         if spec.qk_norm_over == "full":
@@ -139,13 +137,24 @@ class SelfAttention:
             q, k = self._normed(q, k)
         if spec.rope is not None:
             q, k = rotate(spec.rope, q), rotate(spec.rope, k)
-        return self._o(_attend(spec, q, k, v))
+        return _attend(spec, q, k, v)
 
     def _normed(self, q: F32, k: F32) -> tuple[F32, F32]:
         return (
             q if self._q_norm is None else self._q_norm(q),
             k if self._k_norm is None else self._k_norm(k),
         )
+
+
+class SelfAttention:
+    """o(attention(q, k, v)) of one sequence, from its first token on."""
+
+    def __init__(self, weights: Weights, spec: Attention) -> None:
+        self._heads, self._o = Heads(weights, spec), Projection(weights, spec.o)
+
+    def __call__(self, x: F32) -> F32:
+        """x [T, H], normed, is what q, k and v read -> what is added to the residual, [T, H]."""
+        return self._o(self._heads(x))
 
 
 def _attend(spec: Attention, q: F32, k: F32, v: F32) -> F32:
@@ -210,3 +219,8 @@ def dense_mlp(weights: Weights, mlp: GatedMLP | MoE) -> DenseMLP | None:
     if not isinstance(mlp, MoE):
         return DenseMLP(weights, mlp)
     return None if mlp.shared is None else DenseMLP(weights, mlp.shared, mlp.shared_gate)
+
+
+def unrouted(mlp: GatedMLP | MoE) -> GatedMLP | None:
+    """The matrices of `dense_mlp`'s part."""
+    return mlp.shared if isinstance(mlp, MoE) else mlp

@@ -17,7 +17,7 @@ from moelite.checkpoint import READABLE, Source, ref_shape
 from moelite.errors import CheckpointError, UnsupportedError
 from moelite.models import build
 from moelite.quant.record import RecordLayout, record_layout
-from moelite.recipe import Recipe, check_layers
+from moelite.recipe import ATTENTION_PARTS, Recipe, check_layers
 from moelite.storefile import DenseSpec, LayerEntry, TensorClass, packed_bytes
 
 ROUTED = "routed experts"  # the class of them, in reports
@@ -247,8 +247,8 @@ def dense_items(arch: Arch, recipe: Recipe) -> Iterator[DenseItem]:
         a = layer.attention
         for norm in (layer.input_norm, layer.post_norm, a.q_norm, a.k_norm):
             yield from _norm(norm)
-        for part in (a.q, a.k, a.v, a.o):
-            yield from linear(part, "attention")
+        for name, part in zip(ATTENTION_PARTS, a.linears, strict=True):
+            yield from _linear(part, "attention", recipe.matrix("attention", number, name))
         if isinstance(layer.mlp, MoE):
             yield from _linear(layer.mlp.router.linear, "router", "f32")
             if layer.mlp.shared_gate is not None:

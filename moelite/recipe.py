@@ -7,7 +7,8 @@ A recipe is a TOML file (or the same as JSON in a store's manifest):
     low = "vq-0.5"        # optional: a plane of every routed expert beside the main one
 
     [[rule]]              # any number; a later one wins over an earlier one
-    part = "down"         # experts, gate_up, down; attention, embeddings, head, shared, dense
+    part = "down"         # experts, gate_up, down; attention, embeddings, head, shared, dense;
+                          # q, k, v, o: the four matrices of attention
     layers = "0-3,29"     # default: all
     experts = "0,5-7"     # default: all; of routed experts only
     format = "int8"
@@ -35,8 +36,14 @@ DENSE_PARTS = {
     "shared": "shared experts",
     "dense": "dense layers",
 }
+ATTENTION_PARTS = ("q", "k", "v", "o")
 NAMED: dict[str, dict[str, Any]] = {
     "int4": {"experts": "int4", "dense": "int8"},
+    "int4-qo": {
+        "experts": "int4",
+        "dense": "int8",
+        "rule": [{"part": "q", "format": "int4"}, {"part": "o", "format": "int4"}],
+    },
     "int8": {"experts": "int8", "dense": "int8"},
 }
 _SIZE_LIMIT = 1 << 20  # bytes of a recipe's file
@@ -81,11 +88,11 @@ class Recipe:
                     found[part] = rule.format
         return found["gate_up"], found["down"]
 
-    def matrix(self, kind: str, layer: int | None) -> str:
-        """The format of a dense matrix of a kind, as reports name it."""
+    def matrix(self, kind: str, layer: int | None, part: str = "") -> str:
+        """The format of a dense matrix of a kind, as reports name it; part: of ATTENTION_PARTS."""
         found = self.dense
         for rule in self.rules:
-            if DENSE_PARTS.get(rule.part) == kind and rule.holds(layer):
+            if (DENSE_PARTS.get(rule.part) == kind or rule.part == part) and rule.holds(layer):
                 found = rule.format
         return found
 
@@ -189,12 +196,12 @@ def _rule(raw: Mapping[str, Any], name: str) -> Rule:
     )
     if rule.part in EXPERT_PARTS:
         _allowed(rule.format, rule.part, tuple(FORMATS))
-    elif rule.part in DENSE_PARTS:
+    elif rule.part in (*DENSE_PARTS, *ATTENTION_PARTS):
         _allowed(rule.format, rule.part, DENSE_FORMATS)
     else:
         raise UsageError(
             f"{name}: there is no part {rule.part!r}",
-            fix=f"one of {', '.join((*EXPERT_PARTS, *DENSE_PARTS))}",
+            fix=f"one of {', '.join((*EXPERT_PARTS, *DENSE_PARTS, *ATTENTION_PARTS))}",
         )
     if rule.experts is not None and rule.part not in EXPERT_PARTS:
         raise UsageError(f"{name}: {rule.part} has no experts")

@@ -99,6 +99,7 @@ class QuantFormat(Protocol):
     planes: int  # how many int8 planes of the activations its kernel reads; 0: Act.x instead
     row_multiple: int  # the length of rows has to be a multiple of it
     whole: bool  # pack_rows takes all rows of a matrix at once only
+    curved: bool  # pack has use for a curve
 
     # njit (matrix, act, job, start, stop, follow): multiplies rows start..stop (start a multiple of
     # TILE_ROWS) of a Matrix by the job's activations. A token's result does not depend on which
@@ -201,6 +202,7 @@ class Exact:
     exact = True
     row_multiple = 1
     whole = False
+    curved = False
 
     def check(self: Any, packed: U8, rows: int, cols: int) -> None:
         check_packed(self, packed, rows, cols)

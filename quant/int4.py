@@ -47,6 +47,7 @@ class Int4(Tiled):
     name = "int4"
     layout = LAYOUT
     planes = 1
+    curved = True
     multiply = staticmethod(multiply)
     row = staticmethod(row)
 

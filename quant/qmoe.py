@@ -109,6 +109,7 @@ class QMoE:
     exact = False
     row_multiple = 1
     whole = True
+    curved = True
     check = staticmethod(check)
     statistics = staticmethod(statistics)
 

@@ -32,6 +32,7 @@ from moelite.quant.vq_tables import ENTRIES, read_tables
 
 class VQ(Tiled):
     planes = 1
+    curved = True
 
     def __init__(self, name: str, tables: list[Any]) -> None:
         self.name, self.tables, self.layout = name, tables, layout_of(tables)

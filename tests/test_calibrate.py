@@ -13,7 +13,8 @@ from tiny_checkpoint import MIXTRAL, QWEN3_MOE, write_checkpoint
 
 from moelite import calibrate
 from moelite.arch import Arch, MoE
-from moelite.calibrate import PRIOR, Calibrator, Text, believed, cut
+from moelite.belief import PRIOR, believed
+from moelite.calibrate import Calibrator, Text, cut
 from moelite.checkpoint import open_checkpoint, read
 from moelite.convert import quantize
 from moelite.forward import DenseWeights
@@ -30,6 +31,7 @@ class Spy:
     """The f32 format, remembering the Curvature of every matrix."""
 
     exact = True
+    curved = True
 
     def __init__(self) -> None:
         self.curves: list[Curvature] = []

@@ -174,7 +174,8 @@ def _enough_without(model: Path, tmp_path: Path) -> str:
     return refused.value.fix.removeprefix("--ram ")
 
 
-def test_peak_memory_stays_below_the_budget(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dense", ["int8", "int4"])
+def test_peak_memory_stays_below_the_budget(dense: str, tmp_path: Path) -> None:
     """At the least that it names: the streams, 31 MiB, lie in a file then."""
     config = MIXTRAL | {
         "hidden_size": 512,
@@ -189,7 +190,8 @@ def test_peak_memory_stays_below_the_budget(tmp_path: Path) -> None:
         "import sys, moelite\n"
         "from moelite.errors import BudgetError\n"
         "ids = [i * 7919 % 4096 for i in range(8000)]\n"
-        "def run(ram): return moelite.quantize(*sys.argv[1:3], ram=ram, calibrate=ids)\n"
+        "def run(ram):\n"
+        "    return moelite.quantize(*sys.argv[1:3], ram=ram, calibrate=ids, dense=sys.argv[3])\n"
         "ram = '100MiB'\n"
         "for _ in range(4):\n"  # each refusal has compiled more, which the next one counts
         "    try: run(ram)\n"
@@ -198,7 +200,7 @@ def test_peak_memory_stays_below_the_budget(tmp_path: Path) -> None:
         "print(ram, report.peak_rss_bytes)"
     )
     child = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "store")],
+        [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "store"), dense],
         capture_output=True,
         text=True,
         check=True,

@@ -41,8 +41,20 @@ LAYERS = (
         "kept",
         "sparsity",
         "tradeoff",
+        "densefile",
     }
-    | {"forward", "stream", "calibrate", "scores", "agreement", "frontier", "storesize"},
+    | {
+        "belief",
+        "forward",
+        "stream",
+        "calibrate",
+        "calibrate_dense",
+        "resume",
+        "scores",
+        "agreement",
+        "frontier",
+        "storesize",
+    },
     {"cache", "store", "storefile", "models"},
     {
         *{

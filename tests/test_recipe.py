@@ -16,13 +16,14 @@ from tiny_checkpoint import MIXTRAL, QWEN3_MOE, write_checkpoint
 
 import moelite
 from moelite.arch import Arch
+from moelite.convert import quantize
 from moelite.errors import StoreError, UsageError
 from moelite.models import build
 from moelite.quant import FORMATS
 from moelite.quant.record import unpack_record
 from moelite.recipe import Recipe, Rule, choose, load_recipe, numbers, parse, show_numbers
 from moelite.store import ExpertKey, Store
-from moelite.storefile import describe, file_json, spans
+from moelite.storefile import MANIFEST, describe, file_json, read_manifest, spans
 from moelite.tensorfile import read_header
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +64,20 @@ def test_later_rules_win(recipe: Path) -> None:
     assert found.matrix("attention", 2) == "f32"
     assert found.matrix("attention", 1) == found.matrix("embeddings", None) == "int8"
     assert parse(found.as_json(), "again") == found
+
+
+def test_the_matrices_of_attention_have_names(tmp_path: Path) -> None:
+    """A rule of one of them wins over an earlier one of attention, and is written down."""
+    rules = [{"part": "attention", "format": "int4"}, {"part": "v", "format": "bf16"}]
+    write_checkpoint(tmp_path / "model", MIXTRAL)
+    asked = parse({"experts": "int4", "rule": [*rules, {"part": "k", "format": "f32"}]}, "parts")
+    quantize(tmp_path / "model", tmp_path / "store", recipe=asked, ram=None)
+    tensors = read_manifest(tmp_path / "store" / MANIFEST).tensors
+    name = "model.layers.1.self_attn.{}_proj.weight"
+    formats = {p: tensors[name.format(p)].format for p in "qkvo"}
+    assert tensors["lm_head.weight"].format == "int8"
+    assert formats == {"q": "int4", "k": "f32", "v": "bf16", "o": "int4"}
+    assert parse(asked.as_json(), "again") == asked
 
 
 @pytest.mark.parametrize(
