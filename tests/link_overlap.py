@@ -26,21 +26,21 @@ from moelite.gpu import model as model_file
 from moelite.gpu.device import Link
 from moelite.gpu.products import HostKernels
 
-EXPERTS, TOP_K = 32, 4
+EXPERTS, TOP_K = 20, 4
 CONFIG = {
     "hidden_size": 64,
     "moe_intermediate_size": 64,
     "num_experts": EXPERTS,
     "mlp_only_layers": [],
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_experts_per_tok": TOP_K,
     "num_attention_heads": 4,
     "head_dim": 16,
     "vocab_size": 500,
     "max_position_embeddings": 512,
 }
-RUNS = 5
-PACE_S = 0.004  # of one expert
+RUNS = 3
+PACE_S = 0.003  # of one expert
 
 
 class Paced(HostKernels):
@@ -96,7 +96,7 @@ def _steps(model: Any, chunk: int) -> tuple[float, float]:
     """(median seconds, bytes copied) of a step of `chunk` tokens, after two that warm up."""
     ids = np.random.default_rng(0).integers(3, 500, chunk * (RUNS + 2)).tolist()
     session, times = model.session(), []
-    session.advance(np.random.default_rng(1).integers(3, 500, 120))  # memory has them all then
+    session.advance(np.random.default_rng(1).integers(3, 500, 60))  # memory has them all then
     for run in range(RUNS + 2):
         before = model.stats().upper.bytes_read
         start = time.perf_counter()

@@ -92,7 +92,7 @@ def third_party(path: Path) -> set[str]:
 
 
 # llvmlite comes with numba, which pins the one release that fits it
-IMPLIED = {"llvmlite": "numba", "pynvml": "nvidia-ml-py"}
+IMPLIED = {"llvmlite": "numba"}
 
 
 def test_the_package_imports_only_what_it_declares() -> None:
