@@ -342,16 +342,22 @@ def test_a_checkpoint_in_bitsandbytes_4_bits_runs_as_it_is(model_type: str, tmp_
     report = moelite.quantize(tmp_path / "c", tmp_path / "s")
     assert any("bitsandbytes nf4" in kind for kind in report.encodings)
     ids = tiny_models.prompt(model_type, "plain", 40)
+    told: dict[str, list[np.ndarray]] = {"cpu": [], "device": []}
     with moelite.load(tmp_path / "s", **HOW) as model:
         assert "nf4" in model.store.expert_format
+        model.on_route = lambda _, ids: told["cpu"].append(np.sort(ids))
         want = model.forward(ids)
     with moelite.load(tmp_path / "s", **ON, vram="1GiB") as model:
+        model.on_route = lambda _, ids: told["device"].append(np.sort(ids))
         got = model.forward(ids)
-        session = model.session()
+        model.on_route, session = None, model.session()
         one_by_one = np.concatenate([session.append([i]) for i in ids])
-    # Weights of these models are large: where the last bit of a sum turns the code of an activation
-    # (one in 254 of a block's largest), later layers make up to 1 % of it. The first positions,
-    # which depend on few codes, are free of that.
+    # These models are made decisive by large weights. Where the last bit of a sum turns the code of
+    # an activation, later layers make up to 1 % of it, and may choose another expert: moving the
+    # embeddings by 1e-7 does the same to either path.
+    pairs = zip(told["cpu"], told["device"], strict=True)
+    same = np.all([(a == b).all(1) for a, b in pairs], axis=0)
+    assert same.mean() > 0.9
     for found in (got, one_by_one):
-        assert error(found, want) < 0.03
-        assert error(found[:2], want[:2]) < 1e-3
+        assert error(found[same], want[same]) < 0.02
+        assert error(found[:1], want[:1]) < 1e-4
