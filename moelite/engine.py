@@ -31,7 +31,7 @@ from moelite.models import build
 from moelite.outlook import PROMPT_TOKENS, outlook, speeds_here, usual_hits
 from moelite.quant.base import ALIGN, F32, U8, pad
 from moelite.session import Decoding, Session
-from moelite.sizing import budget_of, context_of, need_low_plane, stored, threads_of
+from moelite.sizing import budget_beside, budget_of, context_of, need_low_plane, stored, threads_of
 from moelite.step import LAYER_PHASES
 from moelite.store import Store
 from moelite.threads import Team
@@ -375,7 +375,7 @@ def load(  # noqa: PLR0913 - one for each choice a user has
                 chosen,
                 store,
                 sizes,
-                ram=budget_of(ram),
+                ram=budget_beside(chosen, ram),
                 vram=vram,
                 chunk=chunk,
                 drive_of=lambda store, found: _choose_reads(store, found, reads),

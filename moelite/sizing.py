@@ -44,6 +44,12 @@ def budget_of(ram: str | int | None) -> int:
     return parse_bytes(ram, total=machine.limit_bytes)
 
 
+def budget_beside(device: str, ram: str | int | None) -> int:
+    """As `budget_of`, beside a device; one without memory of its own takes the other two fifths."""
+    shared = device.partition(":")[0] in {"mps", "torch"}
+    return memory().available_bytes * 2 // 5 if ram is None and shared else budget_of(ram)
+
+
 def packing_budget(ram: str | int | None) -> int:
     """Bytes named by `ram`; without it, 2 GiB more than this process holds already."""
     return rss_bytes() + 2 * GIB if ram is None else budget_of(ram)
@@ -132,7 +138,7 @@ def planned(
     """The plan for the CPU, or for a device and what is beside it."""
     if place is None:
         return plan(sizes, budget_of(ram))
-    return plan_both(sizes, place, budget_of(ram), vram)
+    return plan_both(sizes, place, budget_beside(place.name, ram), vram)
 
 
 def placed(device: str, vram: str | int | None, *, low: bool) -> Place | None:
