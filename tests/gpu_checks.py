@@ -292,7 +292,7 @@ KINDS += ("vq-0.5", "vq-1.5", "vq-3", "qmoe")
 OTHERS: tuple[Callable[..., None], ...] = (normed, add_experts, attend)
 
 
-def _let_arrays_of_one_be_numbers() -> None:
+def let_arrays_of_one_be_numbers() -> None:
     # Triton's interpreter has scalars as arrays [1], which numpy 2.4 no longer takes as an index
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     patch = interpreter._patch_lang_tensor
@@ -310,7 +310,7 @@ def _let_arrays_of_one_be_numbers() -> None:
 
 def main(names: list[str]) -> None:
     """Runs checks under Triton's interpreter and prints each that passed."""
-    _let_arrays_of_one_be_numbers()
+    let_arrays_of_one_be_numbers()
     np.seterr(all="ignore")  # masked lanes divide by zero
     kernels = kernels_for(CPU, "triton")
     SHAPES[:] = [(1, 7), (17, 96), (9, 608)]  # the interpreter takes a millisecond an operation

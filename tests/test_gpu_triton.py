@@ -44,3 +44,18 @@ def test_kernels_compile_for_a_gpu(names: list[str], tmp_path: Path) -> None:
     done = run("gpu_compile.py", *names, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     assert set(names) == {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def test_a_whole_model_in_the_interpreter(tmp_path: Path) -> None:
+    import tiny_checkpoint
+
+    import moelite
+
+    tiny_checkpoint.write_checkpoint(tmp_path / "c", tiny_checkpoint.QWEN3_MOE)
+    (tmp_path / "c" / "tokenizer.json").unlink()
+    moelite.quantize(tmp_path / "c", tmp_path / "int4.store", experts="int4", dense="int8")
+    done = run("gpu_interpreted.py", str(tmp_path), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _ in found] == ["int4", "int4"]
+    assert max(float(error) for _, error in found) < 1e-3

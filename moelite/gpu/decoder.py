@@ -140,7 +140,8 @@ class DeviceDecoder:
         self._experts.table()
         self._place(ids, start)
         if self._graph is None:
-            self._graph = captured(self.device, self._blind)
+            kept = self._kernels.blind
+            self._graph = captured(self.device, self._blind) if kept else self._blind
         self._graph()
         seen = self._seen.cpu().numpy()  # here the host waits, once
         if seen[-1, 0]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ import torch
 
 from moelite.errors import UsageError
 from moelite.gpu.devices import torch_name
+from moelite.gpu.plan import CONTEXT_BYTES
 from moelite.quant.base import U8
 from moelite.units import show_bytes
 
@@ -200,6 +202,10 @@ class Device:
         else:
             self.copies = _PlainCopies()
         self._pinned: list[int] = []
+        if kind == "cuda":  # what torch keeps for later counts, too
+            total = torch.cuda.get_device_properties(self.torch).total_memory
+            share = max(0.0, min(1.0, (bound - CONTEXT_BYTES) / total))
+            torch.cuda.set_per_process_memory_fraction(share, self.torch)
 
     @property
     def streamed(self) -> bool:
@@ -270,6 +276,16 @@ def captured(device: Device, work: Callable[[], None]) -> Callable[[], object]:
     """
     if device.torch.type != "cuda":
         return work
+    try:
+        return _graph_of(device, work)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as problem:
+        warnings.warn(f"no CUDA graph could be made: {problem}", RuntimeWarning, stacklevel=2)
+        return work
+
+
+def _graph_of(device: Device, work: Callable[[], None]) -> Callable[[], object]:
     side = torch.cuda.Stream(device.torch)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is compiled or set up at first use must not be captured

@@ -54,7 +54,7 @@ class DeviceExperts:
             n: torch.tensor(entry.tier_of, device=where) for n, entry in layers.items()
         }
         longest = max(entry.experts for entry in layers.values())
-        self._ring = torch.zeros((_RING, 2, longest), dtype=torch.int64)
+        self._ring = torch.zeros((_RING, 2 * longest), dtype=torch.int64)
         if device.torch.type == "cuda":
             self._ring = self._ring.pin_memory()
         self._turn = 0
@@ -174,9 +174,7 @@ class DeviceExperts:
 
     def _sent(self, ranks: list[int], bases: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         self._turn = (self._turn + 1) % _RING
-        room = self._ring[self._turn]
-        n = len(ranks)
-        room[0, :n] = torch.tensor(ranks)
-        room[1, :n] = torch.tensor(bases)
-        sent = room[:, :n].to(self._device.torch, non_blocking=True)
-        return sent[0], sent[1]
+        room = self._ring[self._turn, : 2 * len(ranks)]  # in one piece, or it is copied once more
+        room.copy_(torch.tensor(ranks + bases))
+        sent = room.to(self._device.torch, non_blocking=True)
+        return sent[: len(ranks)], sent[len(ranks) :]

@@ -31,9 +31,9 @@ from moelite.workspace import workspace_bytes
 CHUNK = 256  # prompt tokens at once, whatever the budget: so the numbers do not depend on it
 SCRATCH_BYTES = 64 * MIB  # of a matrix as float32
 SCORES_BYTES = 32 * MIB  # float32 scores at once: queries are taken in pieces
-CONTEXT_BYTES = 512 * MIB  # what a CUDA context takes beside torch's allocator: docs/log/gpu.md
+CONTEXT_BYTES = 512 * MIB  # assumed for a CUDA context, beside torch's allocator
 RUNTIME_BYTES = 420 * MIB  # of this process with torch, on the CPU: docs/log/gpu.md
-CUDA_RUNTIME_BYTES = 1200 * MIB  # with a CUDA context and its libraries: docs/log/gpu.md
+CUDA_RUNTIME_BYTES = 1200 * MIB  # assumed with a CUDA context and its libraries
 _TEMPORARIES = 6  # rows of activations alive at once, of each width
 
 
@@ -147,7 +147,7 @@ def plan_device(
     context = CONTEXT_BYTES if device.partition(":")[0] == "cuda" else 0
     dense = block_bytes(arch, sizes.dense)
     parts = (
-        *([Part(name="device runtime", bytes=context, basis="measured")] if context else []),
+        *([Part(name="device runtime", bytes=context, basis="estimated")] if context else []),
         Part(name="dense weights", bytes=dense, basis="exact"),
         Part(name="kv", bytes=_kv_bytes(sizes), basis="exact"),
         Part(
@@ -196,7 +196,7 @@ def plan_beside(sizes: Sizes, budget_bytes: int, device: DevicePlan) -> Footprin
         Part(
             name="runtime",
             bytes=CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES,
-            basis="measured",
+            basis="estimated" if cuda else "measured",
         ),
         Part(name="tokenizer", bytes=22 * MIB + 11 * sizes.tokenizer_bytes, basis="estimated"),
         Part(name="transfer", bytes=work, basis="exact"),

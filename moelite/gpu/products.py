@@ -48,7 +48,12 @@ def kernels_for(device: torch.device, which: Which = "auto") -> Kernels:
 
 
 class Kernels:
-    """Every operation in torch. All tensors are on `device`; activations are float32."""
+    """Every operation in torch. All tensors are on `device`; activations are float32.
+
+    blind: one token's operations never look at a result on the host, so a graph can keep them.
+    """
+
+    blind = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

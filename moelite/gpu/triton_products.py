@@ -65,6 +65,8 @@ def tile_constants(fmt: str, cols: int, device: torch.device) -> tuple[list[Any]
 class TritonKernels(Kernels):
     """Products straight from packed bytes. A matrix begins at a multiple of 16 bytes."""
 
+    blind = True
+
     def unpack(self, fmt: str, packed: Tensor, base: int, rows: int, cols: int) -> Tensor:
         _check(packed, base)
         if fmt in ("f32", "bf16"):
