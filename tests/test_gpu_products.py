@@ -13,10 +13,11 @@ torch = pytest.importorskip("torch")
 import gpu_checks  # noqa: E402
 
 from moelite.errors import QuantizationError  # noqa: E402
-from moelite.gpu.products import Kernels, kernels_for  # noqa: E402
+from moelite.gpu.products import HostKernels, Kernels, kernels_for  # noqa: E402
 from moelite.quant import FORMATS  # noqa: E402
 
-KERNELS = kernels_for(gpu_checks.CPU)
+KERNELS = kernels_for(gpu_checks.CPU, "torch")
+HOST = kernels_for(gpu_checks.CPU)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -30,8 +31,11 @@ def test_torch_agrees_on_what_has_no_format(check: Callable[..., None]) -> None:
     check(KERNELS)
 
 
-def test_a_cpu_gets_the_torch_kernels() -> None:
+def test_a_cpu_gets_torch_s_kernels_that_unpack_by_numpy() -> None:
     assert type(KERNELS) is Kernels
+    assert type(HOST) is HostKernels
+    for name in FORMATS:
+        gpu_checks.BY_FORMAT[0](HOST, name)
 
 
 def test_what_is_no_packed_matrix_is_refused() -> None:
@@ -42,5 +46,5 @@ def test_what_is_no_packed_matrix_is_refused() -> None:
 
 
 def test_the_cpu_path_imports_none_of_it() -> None:
-    code = "import sys, moelite, moelite.engine; sys.exit('moelite.gpu' in sys.modules)"
+    code = "import sys, moelite, moelite.engine; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
