@@ -46,7 +46,7 @@ from moelite.forecast import (
     prefill_seconds,
     weakest,
 )
-from moelite.gpu.plan import DevicePlan, plan_beside, plan_device
+from moelite.gpu.plan import DevicePlan, floating_on_device, plan_beside, plan_device
 from moelite.gpu.speeds import DeviceSpeeds
 from moelite.outlook import PROMPT_TOKENS, work_of
 from moelite.units import MIB
@@ -299,9 +299,10 @@ def _fitting(sizes: Sizes, found: Footprint) -> Footprint:
 def _whole_bytes(sizes: Sizes, found: Footprint, plan: DevicePlan) -> tuple[int, int]:
     """The least of the device's and of the machine's memory that keep every expert."""
     classes = {entry.slot_bytes for entry in sizes.layers.values()}
-    arena = found.experts_bytes + floating_slots(sizes.arch) * sum(classes)
-    device = plan.used_bytes - plan.parts[-1].bytes + arena
-    return _up(device), _up(found.used_bytes - found.parts[-1].bytes + arena)
+    above = found.experts_bytes + floating_on_device(sizes.arch) * sum(classes)
+    below = found.experts_bytes + floating_slots(sizes.arch) * sum(classes)
+    device = plan.used_bytes - plan.parts[-1].bytes + above
+    return _up(device), _up(found.used_bytes - found.parts[-1].bytes + below)
 
 
 def token(work: Work, kept: Quotas, hits: Hits, here: DeviceSpeeds) -> Decode:

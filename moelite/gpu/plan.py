@@ -130,6 +130,11 @@ def _workspace(sizes: Sizes, chunk: int) -> int:
     return 4 * (rows + logits) + max(4 * keys + 3 * SCORES_BYTES, 4 * max(largest))
 
 
+def floating_on_device(arch: Arch) -> int:
+    """Slots for records that are not kept: one token's, and the next layer's on their way."""
+    return 2 * floating_slots(arch)
+
+
 def plan_device(
     sizes: Sizes,
     device: str,
@@ -142,7 +147,7 @@ def plan_device(
     Never raises for a budget that is too small: see `fits`.
     """
     arch, chunk = sizes.arch, CHUNK if chunk is None else chunk
-    floating = 2 * floating_slots(arch)  # a token's, and those of the next layer on their way
+    floating = floating_on_device(arch)
     classes = sorted({entry.slot_bytes for entry in sizes.layers.values()})
     context = CONTEXT_BYTES if device.partition(":")[0] == "cuda" else 0
     dense = block_bytes(arch, sizes.dense)
