@@ -348,6 +348,6 @@ def test_complete_adds_what_the_tokenizer_puts_in_front() -> None:
 
 def test_the_models_own_sampling_is_the_default() -> None:
     warm = FakeModel(files=sidecars(do_sample=True, temperature=50.0))
-    assert len({complete(warm, "ab", max_tokens=8).ids for _ in range(3)}) == 3
+    assert len({complete(warm, "ab", max_tokens=8, seed=n).ids for n in range(3)}) == 3
     cold = FakeModel()
-    assert len({complete(cold, "ab", max_tokens=8).ids for _ in range(3)}) == 1
+    assert len({complete(cold, "ab", max_tokens=8, seed=n).ids for n in range(3)}) == 1
