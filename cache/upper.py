@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -23,11 +23,19 @@ from moelite.store import ExpertKey
 
 
 class Arrival(Protocol):
-    """A copy that was started; see moelite.gpu.device."""
+    """A copy that was started; moelite.gpu.device starts them."""
 
-    def gate(self) -> None: ...
-    def landed(self) -> bool: ...
-    def wait(self) -> None: ...
+    def gate(self) -> None:
+        """What is computed from now on waits for it."""
+        ...
+
+    def landed(self) -> bool:
+        """Whether it is there."""
+        ...
+
+    def wait(self) -> None:
+        """Returns once it is there: its source may then be overwritten."""
+        ...
 
 
 Send = Callable[[int, int, int], Arrival]  # (layer, slot below, slot here) -> a copy under way
@@ -207,7 +215,9 @@ class UpperCache:
         if absent:
             self.below.prefetch(layer, absent)
 
-    def batches(self, layer: int, experts: Sequence[int], *, one: bool) -> Iterator[Batch]:
+    def batches(
+        self, layer: int, experts: Sequence[int], *, one: bool
+    ) -> Generator[Batch, None, None]:
         """Yields every needed expert once: residents first, then what comes up from below.
 
         Copies are under way when a batch is handed out: start what may run beside them, then
@@ -235,6 +245,8 @@ class UpperCache:
                 yield from self._bring(layer, misses, found, here, one=one)
             yield from here
         finally:
+            for arrival in self._coming.values():  # what was cut short may be a hit next time
+                arrival.gate()
             self._coming.clear()
             self._bringing = 0
             self._release(evicted)
@@ -265,10 +277,10 @@ class UpperCache:
 
         def some(count: int) -> Iterator[Batch]:
             group = [claimed.popleft() for _ in range(min(count, len(claimed)))]
-            arrivals = [self._coming.pop(key) for key in group]
+            arrivals = [self._coming[key] for key in group]
             pairs = [(key.expert, self._slot[key]) for key in group]
             yield Batch(experts=pairs, arrivals=arrivals)
-            self._release(evicted.intersection(group))
+            self._computed(group, evicted)
 
         if all(self.below.slot_of(layer, expert) < 0 for expert in misses):
             yield from here  # while they are read
@@ -291,6 +303,11 @@ class UpperCache:
             yield from here
             while claimed:
                 yield from some(len(claimed) if one else half)
+
+    def _computed(self, group: list[ExpertKey], evicted: set[ExpertKey]) -> None:
+        for key in group:
+            del self._coming[key]
+        self._release(evicted.intersection(group))
 
     def _has_free(self, size: int) -> bool:
         # a slot that a guess holds is as good as free, but for the last resort

@@ -255,14 +255,21 @@ def test_a_device_that_runs_full_goes_on_with_fewer_experts(
         session = model.session()
         got = [session.append(IDS[:7])]
         before = model.footprint.device.experts_resident
-        full, linear = iter([True, True]), model._decoder._kernels.linear
+        kernels = model._decoder._kernels
 
-        def sometimes(*args: Any) -> Any:
-            if next(full, False):
-                raise torch.OutOfMemoryError("out of memory")
-            return linear(*args)
+        def sometimes(name: str, times: list[bool]) -> None:
+            work, full = getattr(kernels, name), iter(times)
 
-        monkeypatch.setattr(model._decoder._kernels, "linear", sometimes)
+            def wrapped(*args: Any) -> Any:
+                if next(full, False):
+                    raise torch.OutOfMemoryError("out of memory")
+                return work(*args)
+
+            monkeypatch.setattr(kernels, name, wrapped)
+
+        # at the first product of a token, and between the experts of another
+        sometimes("linear", [True])
+        sometimes("gated", [False, False, True])
         got += [session.append([i]) for i in IDS[7:]]
         assert model.footprint.device.experts_resident < before
         assert model.device.held <= model.footprint.device.used_bytes

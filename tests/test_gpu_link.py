@@ -21,7 +21,7 @@ from moelite.gpu.host import HostExperts  # noqa: E402
 pytestmark = pytest.mark.parity
 # `python tests/link_overlap.py` on a quiet machine: at most 1.1 for a prompt, and lookahead 1.3 to
 # 1.6 times as fast (docs/log/gpu.md). Other programs run beside these tests.
-OVER, GAIN = 1.5, 1.05
+OVER, GAIN = 1.3, 1.08
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_a_simulated_link_keeps_its_pace() -> None:
     source, to = torch.arange(20_000).to(torch.uint8), torch.zeros(20_000, dtype=torch.uint8)
     start = time.perf_counter()
     copies = [device.copies.start(to[i : i + 5000], source[i : i + 5000]) for i in (0, 5000, 10000)]
-    assert time.perf_counter() - start < 0.02  # nobody waits yet
+    assert time.perf_counter() - start < 0.005  # nobody waits yet
     assert not copies[0].landed()
     copies[0].gate()
     first = time.perf_counter() - start
@@ -43,8 +43,8 @@ def test_a_simulated_link_keeps_its_pace() -> None:
     last = time.perf_counter() - start
     device.close()
     # 5 ms each on the link one after another, 20 ms more until it shows
-    assert 0.025 <= first < 0.2
-    assert 0.035 <= last < 0.3
+    assert 0.025 <= first < 0.035
+    assert 0.035 <= last < 0.045
     assert torch.equal(to[:15000], source[:15000])
 
 
@@ -57,7 +57,7 @@ def test_a_prompt_takes_as_long_as_the_longer_of_copies_and_computing(
 
 def test_lookahead_hides_copies_behind_the_layer_before(store: Path) -> None:
     off, on = (link_overlap.token(store, 1.0, lookahead) for lookahead in ("off", "on"))
-    assert off.over > 1.3  # what a layer misses is known only then
+    assert off.over > 1.5  # what a layer misses is known only then
     assert on.step * GAIN < off.step
 
 

@@ -213,6 +213,19 @@ def test_after_a_read_that_failed_the_caches_hold_what_arrived() -> None:
         assert both.use(0, [2])[0] == [2]
 
 
+def test_what_was_cut_short_is_there_before_it_is_used() -> None:
+    with tiers(3, 3) as both:
+        both.use(0, [1, 2, 3])  # memory has them
+        both.use(0, [4, 5, 6])
+        batches = both.upper.batches(0, [1, 2, 3], one=True)
+        assert next(batches).arrivals
+        batches.close()  # nobody waited
+        assert both.upper.resident(0) == (1, 2, 3)
+        for batch in both.upper.batches(0, [1, 2, 3], one=True):
+            for expert, slot in batch.experts:  # hits: nothing to wait for
+                assert tuple(both.device[slot][:2]) == (0, expert)
+
+
 def test_slots_are_refused_that_leave_none_to_float() -> None:
     with tiers(1, 1) as both, pytest.raises(ValueError, match="float"):
         both.upper.divide({PAGE: 4}, dict.fromkeys(range(LAYERS), 1))

@@ -54,7 +54,7 @@ class DeviceDecoder:
         self.lookahead = Lookahead("off")
         self.on_route: OnRoute | None = None
         self.routes: I32 | None = None
-        self.shrink: Callable[[], None] = _raise  # makes room when the device is out of memory
+        self.shrink: Callable[[], None] = _no_room  # makes room when the device is out of memory
         self._kernels, self._experts = kernels, experts
         ropes = RopeTables(kv.context, device)
         self._layers = [load_layer(layer, weights, ropes) for layer in arch.layers]
@@ -70,7 +70,7 @@ class DeviceDecoder:
         self._tokens, self._logits_of = 0, -1
         self._logits = np.zeros(arch.vocab_size, np.float32)
         self._guess: list[int] = []
-        self._began = 0.0
+        self._seconds = 0.0
         moes, top_k = arch.moe_layers, floating_slots(arch)
         self._ones = device.zeros((chunk, 1), torch.float32).fill_(1)
         # of one token: its id, its position and the one after; the length of its context
@@ -94,21 +94,25 @@ class DeviceDecoder:
         began, missed = time.perf_counter(), self._experts.cache.stats.misses
         self._logits_of, self._tokens = -1, len(ids)
         guessing = len(ids) == 1 and self.lookahead.wanted()
-        while True:
-            try:
-                if not self._unseen(ids, start):
-                    self._pass(ids, start, guessing=guessing)
-                break
-            except torch.OutOfMemoryError:
-                self.shrink()  # raises where nothing is left to give up
+        while not self._tried(ids, start, guessing=guessing):
+            self.shrink()  # raises where nothing is left to give up
         if len(ids) == 1:
             self.logits(0)  # the device is then through
             missed = self._experts.cache.stats.misses - missed
             self._settled = missed == 0
             self.lookahead.told(time.perf_counter() - began, missed)
-        self._began += time.perf_counter() - began
+        self._seconds += time.perf_counter() - began
         if each is not None:
             self._each(each)
+
+    def _tried(self, ids: Sequence[int], start: int, *, guessing: bool) -> bool:
+        # False: the device is full. Room is made by the caller: here the error still holds tensors
+        try:
+            if not self._unseen(ids, start):
+                self._pass(ids, start, guessing=guessing)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _pass(self, ids: Sequence[int], start: int, *, guessing: bool) -> None:
         # all of it again gives the same: it reads what earlier passes left, and writes beyond
@@ -184,7 +188,7 @@ class DeviceDecoder:
 
     def part_seconds(self) -> dict[str, float]:
         """Seconds since the decoder was made; a device does not tell its parts apart."""
-        return {"device": self._began}
+        return {"device": self._seconds}
 
     def logits(self, row: int) -> F32:
         """logits [V] float32 of row `row` of the last chunk; overwritten by the next call."""
@@ -363,22 +367,17 @@ class DeviceDecoder:
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The embeddings [T, H] of tokens, int64 on the device: their tiles alone are unpacked."""
-        fmt, packed, rows, cols, _ = self._embed
-        tile = FORMATS[fmt].tile_bytes(cols)
-        last = rows // TILE_ROWS * TILE_ROWS  # where a format without padding ends inside a tile
-        if rows != last and packed.numel() < -(-rows // TILE_ROWS) * tile:
-            room = torch.zeros(tile, dtype=torch.uint8, device=packed.device)
-            room[: packed.numel() - last // TILE_ROWS * tile] = packed[last // TILE_ROWS * tile :]
-            packed = torch.cat([packed[: last // TILE_ROWS * tile], room])
-        at = ids
-        tiles = packed.view(-1, tile)[at // TILE_ROWS].reshape(-1)
-        found = self._kernels.unpack(fmt, tiles, 0, TILE_ROWS * ids.numel(), cols)
-        each = torch.arange(ids.numel(), device=at.device)
-        return found.view(ids.numel(), TILE_ROWS, cols)[each, at % TILE_ROWS]
+        fmt, packed, _, cols, _ = self._embed
+        one, tile = FORMATS[fmt].nbytes(1, cols), FORMATS[fmt].tile_bytes(cols)
+        together = 1 if one < tile else TILE_ROWS  # f32 and bf16 are rows, without tiles
+        tiles = packed.view(-1, one)[ids // together].reshape(-1)
+        found = self._kernels.unpack(fmt, tiles, 0, together * ids.numel(), cols)
+        each = torch.arange(ids.numel(), device=ids.device)
+        return found.view(ids.numel(), together, cols)[each, ids % together]
 
 
-def _raise() -> None:
-    raise
+def _no_room() -> None:
+    raise torch.OutOfMemoryError("the device is full")
 
 
 class _Inputs:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from moelite.cache.upper import Arrival
 from moelite.errors import UsageError
 from moelite.gpu.devices import torch_name
 from moelite.gpu.plan import CONTEXT_BYTES
@@ -24,28 +25,8 @@ from moelite.units import show_bytes
 STREAMED = ("cuda", "xpu")  # devices that copy on a stream of their own
 
 
-class Arrival(Protocol):
-    """A copy that was started."""
-
-    def gate(self) -> None:
-        """What is computed from now on waits for it."""
-        ...
-
-    def landed(self) -> bool:
-        """Whether it is there."""
-        ...
-
-    def wait(self) -> None:
-        """Returns once it is there: its source may then be overwritten."""
-        ...
-
-
 class Copies(Protocol):
-    """Copies from memory to the device, in order, several under way.
-
-    bytes, seconds: what was copied; for how long at least one copy was under way, as far as it is
-    known.
-    """
+    """Copies from memory to the device, in order, several under way."""
 
     def start(self, to: torch.Tensor, source: torch.Tensor) -> Arrival:
         """Begins to copy; after all that was computed so far, which may still read `to`."""
@@ -184,7 +165,7 @@ class _SimulatedCopies:
 class Device:
     """Where torch computes. name: as --device takes it, "torch:cpu" for torch's own CPU.
 
-    bound: bytes that `empty` and `zeros` may hold, all together; more is refused as a device that
+    bound: bytes that `zeros` may hold, all together; more is refused as a device that
     is full refuses it, by torch.OutOfMemoryError. link: simulated, on the CPU alone.
     """
 

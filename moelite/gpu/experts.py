@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Protocol
 
 import numpy as np
@@ -64,15 +65,13 @@ class DeviceExperts:
     ) -> None:
         """One token's experts, in the router's order. between: called once copies are under way."""
         ranks = {expert: rank for rank, expert in enumerate(wanted)}
-        for batch in self.cache.batches(layer, wanted, one=True):
-            between()
-            batch.gate()
-            if batch.host:
-                assert self.host is not None
+        with closing(self.cache.batches(layer, wanted, one=True)) as batches:  # if one fails, too
+            for batch in batches:
+                between()
+                batch.gate()
                 ranked = [(ranks[e], e, page) for e, page in batch.experts]
-                self._from_host(layer, ranked, inputs)
-            else:
-                self._one(layer, [(ranks[e], e, page) for e, page in batch.experts], inputs)
+                compute = self._from_host if batch.host else self._one
+                compute(layer, ranked, inputs)
 
     def table(self) -> None:
         """Tells the device where experts are, before it looks for them itself."""
@@ -124,12 +123,13 @@ class DeviceExperts:
         ends = np.append(first[1:], flat.size)
         runs = {int(e): (int(a), int(b)) for e, a, b in zip(found, first, ends, strict=True)}
         positions = torch.from_numpy(order).to(self._device.torch)
-        for batch in self.cache.batches(layer, found.tolist(), one=False):
-            between()
-            batch.gate()
-            for expert, page in batch.experts:
-                start, end = runs[expert]
-                self._many(layer, expert, page, positions[start:end], top_k, inputs)
+        with closing(self.cache.batches(layer, found.tolist(), one=False)) as batches:
+            for batch in batches:
+                between()
+                batch.gate()
+                for expert, page in batch.experts:
+                    start, end = runs[expert]
+                    self._many(layer, expert, page, positions[start:end], top_k, inputs)
 
     def _one(self, layer: int, ranked: Sequence[tuple[int, int, int]], inputs: Inputs) -> None:
         entry, k = self._layers[layer], self._kernels
@@ -167,8 +167,7 @@ class DeviceExperts:
         self, layer: int, ranked: Sequence[tuple[int, int, int]], inputs: Inputs
     ) -> None:
         assert self.host is not None
-        layout = self._layers[layer].tiers[0]
-        x = inputs.of(layout.gate_up_format)[0].cpu().numpy()
+        x = inputs.of("f32")[0].cpu().numpy()  # the kernels there round it themselves
         rows = torch.from_numpy(self.host.compute(layer, x, ranked)).to(self._device.torch)
         self.parts[[rank for rank, _, _ in ranked]] = rows
 

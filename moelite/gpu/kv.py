@@ -8,9 +8,9 @@ from moelite.arch import Arch
 from moelite.attention import KVFormat
 from moelite.errors import UsageError
 from moelite.gpu.device import Device
+from moelite.gpu.plan import SCORES_BYTES
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
-SCORES_BYTES = 32 << 20
 
 
 class DeviceKV:

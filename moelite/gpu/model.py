@@ -13,14 +13,14 @@ import torch
 from moelite import warm
 from moelite.arch import Arch
 from moelite.attention import KVFormat
-from moelite.budget import Footprint, Sizes, refuse, slot_counts
+from moelite.budget import Footprint, Sizes, floating_slots, refuse, slot_counts
 from moelite.cache import CacheStats, UpperCache
-from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Split
+from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Arrival, Split
 from moelite.drive import DriveSpeed
 from moelite.engine import Model
 from moelite.forecast import Forecast, Hits, Rate, Speeds, around
 from moelite.gpu.decoder import DeviceDecoder
-from moelite.gpu.device import Arrival, Device, Link, timed
+from moelite.gpu.device import Device, Link, timed
 from moelite.gpu.devices import Place, video_memory
 from moelite.gpu.experts import DeviceExperts
 from moelite.gpu.host import HostExperts
@@ -115,12 +115,7 @@ class DeviceModel(Model):
     @property
     def experts_used(self) -> int:
         """The most experts that a token uses in a layer."""
-        return max(len(x) for x in self._top_k())
-
-    def _top_k(self) -> list[range]:
-        from moelite.arch import MoE
-
-        return [range(x.mlp.router.top_k) for x in self.arch.layers if isinstance(x.mlp, MoE)]
+        return floating_slots(self.arch)
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -159,6 +154,7 @@ class DeviceModel(Model):
     def _shrink(self) -> None:
         """Begins anew with a smaller arena; every expert in it is given up."""
         plan = self._smaller(self._plan)
+        self._decoder.forget()
         self.upper.close()
         self.device.give_back(self._arena)
         self._on_device.arena = self._arena = torch.empty(0, dtype=torch.uint8)
@@ -167,7 +163,6 @@ class DeviceModel(Model):
         self._on_device.arena = self._arena
         slots = slot_counts(self.store.layers, self._plan.slots)
         self.upper.divide(slots, self._plan.slots.quotas)
-        self._decoder.forget()
 
     def _send(self, layer: int, page: int, slot: int) -> Arrival:
         size = self.store.layers[layer].slot_bytes
