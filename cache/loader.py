@@ -68,6 +68,8 @@ class ExpertCache:
         self.arena = arena
         self.sizes = dict(sizes)
         self.before_read: Callable[[int], None] | None = None  # told a slot to be overwritten
+        # reads what needs no drive, on the caller's thread: which of the readings it did
+        self.at_once: Callable[[Sequence[Reading]], Sequence[bool]] | None = None
         self._lru = {layer: LayerLRU(quota) for layer, quota in quotas.items()}
         self._slot: dict[
             ExpertKey, int
@@ -180,7 +182,8 @@ class ExpertCache:
                 return
             key = ExpertKey(layer, expert)
             if key not in self._slot and key not in self._ahead and key not in self._reading:
-                self._ahead[key] = self._submit(key, urgent=False)
+                reading = self._ahead[key] = self._begin(key)
+                self._pool.submit(reading, urgent=False)
 
     def batches(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield [(expert, slot)] until every needed expert was handed out once.
@@ -204,13 +207,12 @@ class ExpertCache:
         try:
             self._release(evicted.difference(hits))
             ready = [*hits, *self._claim(layer, misses)]
-            self._start()
+            ready += self._start()
             if ready:
                 yield [(key.expert, self._slot[key]) for key in ready]
                 self._release(evicted.intersection(ready))
             while self._waiting or self._reading:
-                self._start()
-                ready = self._collect()
+                ready = self._start() or self._collect()
                 yield [(key.expert, self._slot[key]) for key in ready]
                 self._release(evicted.intersection(ready))
         finally:
@@ -243,13 +245,11 @@ class ExpertCache:
         # a slot that held `key` is free
         self._free[self.sizes[key.layer]].append(slot)
 
-    def _submit(self, key: ExpertKey, *, urgent: bool) -> Reading:
+    def _begin(self, key: ExpertKey) -> Reading:
         slot = self._free[self.sizes[key.layer]].pop()
         if self.before_read is not None:
             self.before_read(slot)
-        reading = Reading(key, slot, self.slot_view(key.layer, slot))
-        self._pool.submit(reading, urgent=urgent)
-        return reading
+        return Reading(key, slot, self.slot_view(key.layer, slot))
 
     def _claim(self, layer: int, misses: Sequence[ExpertKey]) -> list[ExpertKey]:
         # what was read ahead of these misses: those that have landed. The others wait, for their
@@ -286,19 +286,43 @@ class ExpertCache:
                 self._dropping[self.sizes[key.layer]] += 1
                 self._wasted += 1
 
-    def _start(self) -> None:
-        # begins as many reads as there are free slots
+    def _start(self) -> list[ExpertKey]:
+        # begins as many reads as there are free slots; those that were there at once
         if not self._waiting:
-            return
+            return []
         size = self.sizes[self._waiting[0].layer]  # all that wait are of one layer
         free = self._free[size]
         if not free and not self._reading:
             self._drop()  # slots that guesses hold are needed
             while not free and self._dropping[size]:
                 self._take(self._pool.landed.get())
+        begun = []
         while self._waiting and free:
-            key = self._waiting.popleft()
-            self._reading[key] = self._submit(key, urgent=True)
+            begun.append(self._begin(self._waiting.popleft()))
+        ready = self._at_once(begun) if self.at_once is not None and begun else []
+        for reading in begun:
+            if not reading.landed:
+                self._reading[reading.key] = reading
+                self._pool.submit(reading, urgent=True)
+        return ready
+
+    def _at_once(self, begun: Sequence[Reading]) -> list[ExpertKey]:
+        assert self.at_once is not None
+        start, ready = time.perf_counter(), []
+        try:
+            there = self.at_once(begun)
+        except BaseException:  # Ctrl-C: none of them is anywhere else yet
+            for reading in begun:
+                self._give(reading.key, reading.slot)
+            raise
+        for reading, landed in zip(begun, there, strict=True):
+            if landed:
+                reading.landed = True
+                self._bytes += reading.nbytes
+                self._keep(reading)
+                ready.append(reading.key)
+        self._wait_s += time.perf_counter() - start
+        return ready
 
     def _collect(self) -> list[ExpertKey]:
         """Wait until a needed read has landed, then take all that have."""

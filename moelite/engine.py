@@ -17,6 +17,7 @@ from moelite.bandwidth import read_speed
 from moelite.budget import Footprint, Sizes, plan, refuse, slot_counts
 from moelite.cache import CacheStats, ExpertCache, allocate_arena
 from moelite.cache.trace import I32, check_routes
+from moelite.cachedreads import CachedReads
 from moelite.drive import DriveSpeed, drive_speed, speed_now
 from moelite.errors import CheckpointError, StoreError, UsageError
 from moelite.forecast import Forecast, Hits
@@ -94,7 +95,7 @@ class Model:
         self.lookahead = Lookahead("off" if on_miss == "low" else lookahead)
         work = Workspace(arch, footprint.chunk, footprint.threads)
         arena = self.experts.arena
-        self._decoder = Decoder(
+        self._decoder = decoder = Decoder(
             arch,
             _StoreWeights(store),
             self.experts,
@@ -103,7 +104,9 @@ class Model:
             kv=KVCache(arch, self.context, kv),
             team=self.team,
         )
-        self._decoder.lookahead = self.lookahead
+        decoder.lookahead = self.lookahead
+        if CachedReads.available and not store.direct:
+            self.experts.at_once = decoder.cached_reads(store.cached_place)
 
     def _begin(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from moelite.arch import Arch, MoE
+from moelite.cachedreads import CachedReads
 from moelite.dispatch import matrix_of
 from moelite.expertjobs import ExpertJobs
 from moelite.kv import KVCache
@@ -35,6 +36,7 @@ from moelite.step import (
     clock,
     part_address,
 )
+from moelite.store import ExpertKey, Place
 from moelite.threads import Team
 from moelite.words import I32, words_of
 from moelite.workspace import Workspace
@@ -112,6 +114,10 @@ class Decoder:
         per_layer = _active_weights(arch) // len(layers)
         self._made = time.perf_counter(), clock()
         self._alone_tokens = _ALONE // max(per_layer, 1)
+
+    def cached_reads(self, place: Callable[[ExpertKey], Place | None]) -> CachedReads:
+        """Reads what the page cache holds on the decoder's threads."""
+        return CachedReads(self._at, self._team, place)
 
     @property
     def context(self) -> int:

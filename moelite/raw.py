@@ -122,13 +122,21 @@ ticks: Any = intrinsic(_ticks)  # a clock of steady but unknown rate
 
 def call(count: int) -> Any:
     """An intrinsic call(address, a0, ...) of compiled void (int64 * count)."""
+    return _calling(count, ir.VoidType(), types.void)
 
+
+def ask(count: int) -> Any:
+    """An intrinsic ask(address, a0, ...) of compiled int64 (int64 * count)."""
+    return _calling(count, _I64, types.int64)
+
+
+def _calling(count: int, returned: Any, seen: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64] * count)
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
-        return context.get_dummy_value()
+        kind = ir.FunctionType(returned, [_I64] * count)
+        found = builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value() if seen is types.void else found
 
     names = ", ".join(f"a{i}" for i in range(count + 1))
-    scope = {"result": types.void(*[types.int64] * (count + 1)), "codegen": codegen}
+    scope = {"result": seen(*[types.int64] * (count + 1)), "codegen": codegen}
     exec(f"def call(typingctx, {names}): return result, codegen", scope)
     return intrinsic(scope["call"])

@@ -19,7 +19,7 @@ from moelite.jit import entry, inlined, inner, kernel
 from moelite.kernels import attention, feed_forward, first_row, head, product, query_matrix
 from moelite.program import FeedForwardJob, LayerWords, Program, Sum
 from moelite.quant.base import PAGE, Act
-from moelite.raw import address, call, i64_at, ticks
+from moelite.raw import address, ask, call, i64_at, ticks
 from moelite.routing import route_row
 from moelite.sync import (
     RING,
@@ -37,7 +37,7 @@ from moelite.sync import (
 )
 from moelite.words import field, offset_of, reader, size_of
 
-LAYERS, EXPERTS, HEAD = range(3)  # kinds of jobs
+LAYERS, EXPERTS, HEAD, READS = range(4)  # kinds of jobs
 PARTS = ("attention", "router", "experts", "dense", "head")  # what Program.times counts
 _ATTENTION, _ROUTER, _EXPERTS, _DENSE, _HEAD = range(5)
 
@@ -240,6 +240,31 @@ def _feed_layer(crew, phase, program, at, what, tokens, after):
 
 # --- jobs ---------------------------------------------------------------------------------------
 
+# A record to read: its file, where in it, the address it goes to, its bytes, and whether a part
+# of it did not come. Behind all records lie the parts: address and bytes, as preadv wants them.
+READ_WORDS, READ_PART, READ_FAILED = 5, 1 << 18, 4
+_preadv = ask(5)
+
+
+@inlined
+def _read_records(crew, phase, table, job):
+    # each thread asks the system for parts of records, which it has in memory or not at all
+    system, flags, records, parts = job
+    mine = 0
+    piece = take(crew, phase, records * parts)
+    while piece < records * parts:
+        at, part = piece // parts * READ_WORDS, piece % parts * READ_PART
+        room = records * READ_WORDS + 2 * piece
+        table[room] = table[at + 2] + part
+        table[room + 1] = size = min(table[at + 3] - part, READ_PART)
+        if size > 0:
+            place = address(table) + 8 * room
+            if _preadv(system, table[at], place, 1, table[at + 1] + part, flags) != size:
+                table[at + READ_FAILED] = 1
+        mine += 1
+        piece = take(crew, phase, records * parts)
+    finish(crew, phase, mine, records * parts)
+
 
 @inner
 def _layers(crew, program, ids, position, first, guess):
@@ -307,6 +332,10 @@ def _run(crew, words):
             *(address(words), words.size, 2, BATCH, words[EXPERTS_TOKENS], 0),
         )
         _clock(crew, program.times, _EXPERTS, now)
+        row = np.int64(-1)
+    elif words[0] == READS:
+        job = words[4], words[5], words[6], words[7]
+        _read_records(crew, phase, i64_at(words[2], words[3]), job)
         row = np.int64(-1)
     if row >= 0:
         now = ticks()

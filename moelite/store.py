@@ -44,6 +44,14 @@ class ExpertKey(NamedTuple):
     expert: int
 
 
+class Place(NamedTuple):
+    """Where an expert's record is: an open file, the offset in it, and its bytes."""
+
+    file: int
+    offset: int
+    nbytes: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseEntry:
     """A tensor as `read_dense` returns it: nbytes of `format`, logical `shape`."""
@@ -71,7 +79,7 @@ class Store:
         self.formats |= {name for entry in self.layers.values() for name in entry.formats}
         self.direct = False
         self._files: dict[str, tuple[int, Header]] = {}
-        self._checked: set[ExpertKey] = set()
+        self._known: dict[ExpertKey, Place] = {}  # experts that were verified
         self._places = {layer: _places(entry) for layer, entry in manifest.layers.items()}
         self._lock = threading.Lock()
 
@@ -136,32 +144,46 @@ class Store:
         verify: also compare with the checksum taken when it was written. Raises StoreError naming
         file, layer and expert for a short read, a damaged record, or an expert that is not there.
         """
-        what = f"layer {key.layer} expert {key.expert}"
-        name, places = layer_file(key.layer), self._places.get(key.layer, [])
-        if not 0 <= key.expert < len(places):
-            raise StoreError(f"{self.path / name}: {what} is not in this store")
-        tensor, row, size, index = places[key.expert]
-        if out.dtype != np.uint8 or out.ndim != 1 or out.size < size:
-            raise ValueError(f"a record takes {size} bytes, not {out.dtype} {out.shape}")
-        fd, header = self._open(name)
-        info = header.tensors.get(tensor, _NOTHING)
-        if not row * size < info.nbytes or info.nbytes % size:
-            raise StoreError(f"{self.path / name}: {what}: the file holds other records")
-        place = (name, what, index if verify else None)
-        self._fill(fd, out[:size], info.offset + row * size, place)
+        place, index = self._place(key)
+        if out.dtype != np.uint8 or out.ndim != 1 or out.size < place.nbytes:
+            raise ValueError(f"a record takes {place.nbytes} bytes, not {out.dtype} {out.shape}")
+        self._read(key, place, out, index if verify else None)
 
     def load_record(self, key: ExpertKey, out: U8) -> int:
         """As `read_record`; verified the first time that this Store reads the expert. Its bytes.
 
         Damage on the disk thus never reaches a token, and costs nothing from then on.
         """
-        if key in self._checked:
-            self.read_record(key, out)
+        place = self._known.get(key)
+        if place is not None:
+            self._read(key, place, out, None)
         else:
             self.read_record(key, out, verify=True)
             self._check(key, self.layers[key.layer].layout_of(key.expert), out)
-            self._checked.add(key)
-        return self._places[key.layer][key.expert][2]
+            place = self._known[key] = self._place(key)[0]
+        return place.nbytes
+
+    def cached_place(self, key: ExpertKey) -> Place | None:
+        """Where an expert was read before that the page cache may still hold; None where it was not
+        read and verified yet, or is read past the page cache."""
+        return None if self.direct else self._known.get(key)
+
+    def _place(self, key: ExpertKey) -> tuple[Place, int]:
+        # and the number of its checksum
+        what = f"layer {key.layer} expert {key.expert}"
+        name, places = layer_file(key.layer), self._places.get(key.layer, [])
+        if not 0 <= key.expert < len(places):
+            raise StoreError(f"{self.path / name}: {what} is not in this store")
+        tensor, row, size, index = places[key.expert]
+        fd, header = self._open(name)
+        info = header.tensors.get(tensor, _NOTHING)
+        if not row * size < info.nbytes or info.nbytes % size:
+            raise StoreError(f"{self.path / name}: {what}: the file holds other records")
+        return Place(fd, info.offset + row * size, size), index
+
+    def _read(self, key: ExpertKey, place: Place, out: U8, index: int | None) -> None:
+        what = layer_file(key.layer), f"layer {key.layer} expert {key.expert}", index
+        self._fill(place.file, out[: place.nbytes], place.offset, what)
 
     def read_low(self, layer: int, out: U8) -> None:
         """The low plane of a layer, verified, into the first low_bytes of `out`, a record apart."""
@@ -222,6 +244,7 @@ class Store:
             for fd, _ in self._files.values():
                 os.close(fd)
             self._files.clear()
+            self._known.clear()
 
     def _open(self, name: str) -> tuple[int, Header]:
         with self._lock:
