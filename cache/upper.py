@@ -194,6 +194,11 @@ class UpperCache:
         for key in [k for k in self._ahead if k.layer == layer]:
             self._drop(key)
 
+    def forget(self, layer: int, expert: int) -> None:
+        """An expert whose bytes on the device are good for nothing is there no more."""
+        self._layer(layer).discard(expert)
+        self._release([ExpertKey(layer, expert)])
+
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Begins to bring experts that `layer` will perhaps need: to the device, or to memory.
 

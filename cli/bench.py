@@ -138,6 +138,7 @@ def device_facts(model: Any, report: BenchReport, tokens: int) -> dict[str, Any]
         "miss": model.miss,
         "split": split,
         "pinned": model.pinned,
+        "nf4_by": model.nf4_by or None,
         "copied_bytes_per_token": upper.bytes_read / tokens if upper else 0.0,
         "on_cpu_per_token": upper.low / tokens if upper else 0.0,
     }
@@ -235,6 +236,8 @@ def _show_device(console: Console, report: BenchReport, facts: dict[str, Any]) -
     split, peak = facts["split"], facts["device_peak_bytes"]
     times = ", ".join(f"{k.removesuffix('_s')} {1e3 * v:.3g} ms" for k, v in split.items() if v)
     console.print(f"  an expert (copied, on the host, to hand over): {times}", soft_wrap=True)
+    if facts["nf4_by"]:
+        console.print(f"  nf4 there by {facts['nf4_by']}", soft_wrap=True, markup=False)
     seen = "peak not counted here" if peak is None else f"peak {show_bytes(peak)}"
     name = f"{facts['device']} ({facts['card']})" if facts["card"] else facts["device"]
     console.print(

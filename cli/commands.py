@@ -192,6 +192,8 @@ def _stats(chat: Conversing, argument: str) -> None:
     total = chat.model.stats()
     rows = stats_table(chat.last, total, chat.forecast)
     rows.append(("lookahead", lookahead_line(chat.model.lookahead, total)))
+    if by := getattr(chat.model, "nf4_by", ""):  # of a model on a device
+        rows.append(("nf4 on the device", by))
     rows.append(("context", f"{len(chat.session.ids):,} of {chat.session.context:,} tokens"))
     for name, value in rows:
         chat.say(f"  {name:<22} {value}")

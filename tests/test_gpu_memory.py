@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 from device_peak import Peak  # noqa: E402
 
 from moelite.gpu import model as gpu_model  # noqa: E402
-from moelite.gpu.products import Kernels  # noqa: E402
+from moelite.gpu.products import kernels_for  # noqa: E402
 
 pytestmark = pytest.mark.parity
 CONFIG = {
@@ -32,18 +32,25 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("memory")
     config = {**tiny_checkpoint.QWEN3_MOE, **CONFIG}
     tiny_checkpoint.write_checkpoint(folder / "c", config)
     (folder / "c" / "tokenizer.json").unlink()
-    moelite.quantize(folder / "c", folder / "s", experts="int4", dense="int8")
-    return folder / "s"
+    return folder / "c"
 
 
-def test_the_plan_holds_what_a_run_takes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("which", ["torch", "bitsandbytes"])
+def test_the_plan_holds_what_a_run_takes(
+    checkpoint: Path, which: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, formats = tmp_path / "s", {"experts": "int4", "dense": "int8"}
+    if which == "bitsandbytes":
+        pytest.importorskip("bitsandbytes")
+        formats = {"experts": "nf4", "dense": "nf4"}
+    moelite.quantize(checkpoint, store, **formats)
     # torch's own unpacking takes the most: on a device without Triton
-    monkeypatch.setattr(gpu_model, "kernels_for", Kernels)
+    monkeypatch.setattr(gpu_model, "kernels_for", lambda device: kernels_for(device, which))
     how: dict[str, Any] = {"ram": "1GiB", "context": 1024, "threads": 1, "device": "torch:cpu"}
     with moelite.load(store, **how, vram="1GiB") as model:
         least = model.footprint.device.minimum_bytes
@@ -53,6 +60,7 @@ def test_the_plan_holds_what_a_run_takes(store: Path, monkeypatch: pytest.Monkey
         assert plan.used_bytes <= plan.budget_bytes
         # torch sees the cache below, which is not the device's, as a tensor of its own
         below = model._below.numel()
+        peaks["load"] = peak.most - below
         session = model.session()
 
         def most(stage: str, work: Any) -> None:
@@ -65,8 +73,9 @@ def test_the_plan_holds_what_a_run_takes(store: Path, monkeypatch: pytest.Monkey
         most("a token", lambda: [session.advance([5]) for _ in range(4)])
         held = model.device.held
     assert max(peaks.values()) <= plan.used_bytes, f"{peaks} of {plan.parts}"
-    assert max(peaks.values()) > held + 50 * 2**20  # the count sees temporaries
-    assert plan.used_bytes < 2 * max(peaks.values())  # and the plan is not just large
+    assert max(peaks.values()) > held + 40_000 * 256 * 4  # the count sees temporaries
+    if which == "torch":
+        assert plan.used_bytes < 2 * max(peaks.values())  # and the plan is not just large
 
 
 def test_the_count_sees_what_is_there_and_what_is_gone() -> None:

@@ -24,7 +24,7 @@ from moelite.gpu.routing import route
 from moelite.gpu.weights import GatedOf, Matrix, NormOf, Weights
 from moelite.lookahead import Lookahead
 from moelite.quant import FORMATS
-from moelite.quant.base import F32, TILE_ROWS
+from moelite.quant.base import F32
 from moelite.words import I32
 
 OnRoute = Callable[[int, I32], None]
@@ -141,6 +141,8 @@ class DeviceDecoder:
         """
         if len(ids) > 1 or not self._settled or self.routes is not None:
             return False
+        if self.device.streamed and not self._kernels.blind:
+            return False  # kernels that look at places would wait for the device at every product
         self._experts.table()
         self._place(ids, start)
         if self._graph is None:
@@ -366,14 +368,9 @@ class DeviceDecoder:
         return out if matrix.bias is None else out.add_(matrix.bias)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
-        """The embeddings [T, H] of tokens, int64 on the device: their tiles alone are unpacked."""
-        fmt, packed, _, cols, _ = self._embed
-        one, tile = FORMATS[fmt].nbytes(1, cols), FORMATS[fmt].tile_bytes(cols)
-        together = 1 if one < tile else TILE_ROWS  # f32 and bf16 are rows, without tiles
-        tiles = packed.view(-1, one)[ids // together].reshape(-1)
-        found = self._kernels.unpack(fmt, tiles, 0, together * ids.numel(), cols)
-        each = torch.arange(ids.numel(), device=ids.device)
-        return found.view(ids.numel(), together, cols)[each, ids % together]
+        """The embeddings [T, H] of tokens, int64 on the device."""
+        fmt, packed, rows, cols, _ = self._embed
+        return self._kernels.take(fmt, packed, rows, cols, ids)
 
 
 def _no_room() -> None:

@@ -59,6 +59,13 @@ class DeviceExperts:
         if device.torch.type == "cuda":
             self._ring = self._ring.pin_memory()
         self._turn = 0
+        # kernels that are not blind read where experts lie on the host
+        self._places_at = where if kernels.blind else torch.device("cpu")
+        self._fresh: dict[int, int] = {}  # {slot: layer} of copies that no kernel has seen yet
+
+    def sent(self, layer: int, slot: int) -> None:
+        """A copy into this slot has begun: what comes there lies as in a record."""
+        self._fresh[slot] = layer
 
     def one(
         self, layer: int, wanted: Sequence[int], inputs: Inputs, between: Callable[[], None]
@@ -69,6 +76,8 @@ class DeviceExperts:
             for batch in batches:
                 between()
                 batch.gate()
+                if not batch.host:
+                    self._settle(layer, batch.experts)
                 ranked = [(ranks[e], e, page) for e, page in batch.experts]
                 compute = self._from_host if batch.host else self._one
                 compute(layer, ranked, inputs)
@@ -76,9 +85,27 @@ class DeviceExperts:
     def table(self) -> None:
         """Tells the device where experts are, before it looks for them itself."""
         if self.cache.changed:
+            for slot, layer in [*self._fresh.items()]:  # of what was cut short when it had come
+                found = np.flatnonzero(self.cache.bases[layer] == slot * PAGE)
+                self._settle(layer, [(int(expert), slot) for expert in found])
             for layer, bases in self.cache.bases.items():
                 self._bases[layer].copy_(torch.from_numpy(bases))
             self.cache.changed = False
+
+    def _settle(self, layer: int, pairs: Sequence[tuple[int, int]]) -> None:
+        """Has the kernels lay (expert, slot) as they read them, of what has come since."""
+        for expert, slot in pairs:
+            if slot not in self._fresh:
+                continue
+            layout, at = self._layers[layer].layout_of(expert), slot * PAGE
+            fmt, down, k = layout.gate_up_format, layout.down_format, self._kernels
+            try:
+                k.settle(fmt, self.arena, at, *layout.gate_up_shape)
+                k.settle(down, self.arena, at + layout.down, *layout.down_shape)
+            except BaseException:  # what is half done is of no use to anyone
+                self.cache.forget(layer, expert)
+                raise
+            del self._fresh[slot]
 
     def found(self, layer: int, selected: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """One token's experts selected [1, K], where the table says; whether one was not there,
@@ -102,7 +129,7 @@ class DeviceExperts:
         """Bytes a second of experts multiplied by, whatever lies in the first `slots` of them."""
         layout, k = entry.tiers[0], self._kernels
         (fmt, down_fmt), size = (layout.gate_up_format, layout.down_format), entry.slot_bytes
-        bases = torch.arange(slots, dtype=torch.int64, device=self._device.torch) * size
+        bases = torch.arange(slots, dtype=torch.int64, device=self._places_at) * size
         x = torch.ones((1, layout.down_shape[0]), device=self._device.torch)
         x = k.rounded(fmt, x)
 
@@ -127,6 +154,7 @@ class DeviceExperts:
             for batch in batches:
                 between()
                 batch.gate()
+                self._settle(layer, batch.experts)
                 for expert, page in batch.experts:
                     start, end = runs[expert]
                     self._many(layer, expert, page, positions[start:end], top_k, inputs)
@@ -172,6 +200,8 @@ class DeviceExperts:
         self.parts[[rank for rank, _, _ in ranked]] = rows
 
     def _sent(self, ranks: list[int], bases: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._places_at != self._device.torch:
+            return torch.tensor(ranks), torch.tensor(bases)
         self._turn = (self._turn + 1) % _RING
         room = self._ring[self._turn, : 2 * len(ranks)]  # in one piece, or it is copied once more
         room.copy_(torch.tensor(ranks + bases))

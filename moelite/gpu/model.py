@@ -19,6 +19,7 @@ from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Arrival, Split
 from moelite.drive import DriveSpeed
 from moelite.engine import Model
 from moelite.forecast import Forecast, Hits, Rate, Speeds, around
+from moelite.gpu.bnb_products import choose
 from moelite.gpu.decoder import DeviceDecoder
 from moelite.gpu.device import Device, Link, timed
 from moelite.gpu.devices import Place, video_memory
@@ -80,8 +81,12 @@ class DeviceModel(Model):
 
     def _fill(self, lookahead: Choice, miss: Miss) -> None:
         plan, device, store = self._plan, self.device, self.store
-        kernels = kernels_for(device.torch)
-        weights = Weights(store, self.arch, device)
+        # nf4_by: whose products of nf4 these are, and why; empty where the store has none
+        kernels, self.nf4_by = choose(
+            kernels_for(device.torch), device, self.arch, store.layers, self.sizes.dense, plan
+        )
+        device.drop_cached()
+        weights = Weights(store, self.arch, device, kernels)
         top_k = self.experts_used
         parts = device.zeros((plan.chunk * top_k, self.arch.hidden_size), torch.float32)
         keys = DeviceKV(self.arch, self.context, self.kv_format, device)
@@ -167,6 +172,7 @@ class DeviceModel(Model):
     def _send(self, layer: int, page: int, slot: int) -> Arrival:
         size = self.store.layers[layer].slot_bytes
         source = self._below[page * PAGE : page * PAGE + size]
+        self._on_device.sent(layer, slot)
         return self.device.copies.start(self._arena[slot * PAGE : slot * PAGE + size], source)
 
     # --- where misses are computed --------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 from moelite.arch import Arch, GatedMLP, MoE
 from moelite.budget import (
@@ -34,6 +35,7 @@ SCORES_BYTES = 32 * MIB  # float32 scores at once: queries are taken in pieces
 CONTEXT_BYTES = 512 * MIB  # assumed for a CUDA context, beside torch's allocator
 RUNTIME_BYTES = 420 * MIB  # of this process with torch, on the CPU: docs/log/gpu.md
 CUDA_RUNTIME_BYTES = 1200 * MIB  # assumed with a CUDA context and its libraries
+BITSANDBYTES_BYTES = 180 * MIB  # of importing it: docs/log/gpu.md
 _TEMPORARIES = 6  # rows of activations alive at once, of each width
 
 
@@ -183,6 +185,12 @@ def plan_device(
     )
 
 
+def _cuda_runtime(sizes: Sizes) -> int:
+    formats = {fmt for entry in sizes.layers.values() for fmt in entry.formats}
+    may = "nf4" in formats | {*sizes.dense.values()} and find_spec("bitsandbytes") is not None
+    return CUDA_RUNTIME_BYTES + (BITSANDBYTES_BYTES if may else 0)
+
+
 def plan_beside(sizes: Sizes, budget_bytes: int, device: DevicePlan) -> Footprint:
     """The machine's memory where a device computes: its part of the experts, and what moves them.
 
@@ -200,7 +208,7 @@ def plan_beside(sizes: Sizes, budget_bytes: int, device: DevicePlan) -> Footprin
     parts = (
         Part(
             name="runtime",
-            bytes=CUDA_RUNTIME_BYTES if cuda else RUNTIME_BYTES,
+            bytes=_cuda_runtime(sizes) if cuda else RUNTIME_BYTES,
             basis="estimated" if cuda else "measured",
         ),
         Part(name="tokenizer", bytes=22 * MIB + 11 * sizes.tokenizer_bytes, basis="estimated"),

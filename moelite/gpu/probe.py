@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ def probe(name: str, fmt: str) -> Seen:
         if device.torch.type == "cuda":
             source = source.pin_memory()
         to = device.zeros((source.numel(),), torch.uint8)
-        link = source.numel() / _best(device, lambda: to.copy_(source, non_blocking=True))
+        link = source.numel() / best(device, lambda: to.copy_(source, non_blocking=True))
         memory, weights = read_speed(device, block), _weight_speed(device, fmt)
         return Seen(memory, weights, link, macs_speed(device), launch_seconds(device))
     finally:
@@ -52,20 +53,20 @@ def _weight_speed(device: Device, fmt: str) -> float | None:
     size = FORMATS[fmt].nbytes(_ROWS, _ROWS)
     packed = torch.zeros(size, dtype=torch.uint8, device=device.torch)  # as good as any numbers
     x = kernels.rounded(fmt, torch.ones((1, _ROWS), device=device.torch))
-    return size / _best(device, lambda: kernels.linear(fmt, x, packed, 0, _ROWS, _ROWS))
+    return size / best(device, lambda: kernels.linear(fmt, x, packed, 0, _ROWS, _ROWS))
 
 
 def read_speed(device: Device, block: torch.Tensor) -> float:
     """Bytes a second at which the device reads a block of its memory, uint8 of a whole number of
     pages; nothing is written."""
     words = block.view(torch.int64)
-    return block.numel() / _best(device, lambda: words.sum())
+    return block.numel() / best(device, lambda: words.sum())
 
 
 def macs_speed(device: Device) -> float:
     """Multiply-adds a second of a float32 product."""
     x = torch.zeros((_ROWS, _ROWS), device=device.torch)
-    return _ROWS**3 / _best(device, lambda: torch.matmul(x, x))
+    return _ROWS**3 / best(device, lambda: torch.matmul(x, x))
 
 
 def launch_seconds(device: Device) -> float:
@@ -76,11 +77,11 @@ def launch_seconds(device: Device) -> float:
         for _ in range(_LAUNCHES):
             x.add_(1)
 
-    return _best(device, many) / _LAUNCHES
+    return best(device, many) / _LAUNCHES
 
 
-def _best(device: Device, work: object) -> float:
-    assert callable(work)
+def best(device: Device, work: Callable[[], object]) -> float:
+    """Seconds that `work` takes, the least of what a tenth of a second has room for."""
     work()  # what is set up at first use
     found, until = [timed(device, work)], time.perf_counter() + _PROBE_S
     while time.perf_counter() < until:

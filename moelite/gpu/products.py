@@ -14,14 +14,13 @@ from typing import Literal
 import torch
 
 from moelite.errors import UnsupportedError
-from moelite.gpu.plan import SCRATCH_BYTES
-from moelite.gpu.unpack import unpack
+from moelite.gpu.unpack import strip_rows, unpack
 from moelite.quant import FORMATS
 from moelite.quant.base import BLOCK, TILE_ROWS, pad
 
 Tensor = torch.Tensor
 Norm = Literal["rms", "layer"]
-Which = Literal["auto", "triton", "torch"]
+Which = Literal["auto", "triton", "torch", "bitsandbytes"]
 
 FEW = 4  # tokens up to which `linear` reads packed weights once for each instead of unpacking them
 
@@ -30,7 +29,10 @@ def kernels_for(device: torch.device, which: Which = "auto") -> Kernels:
     """The kernels for tensors of `device`.
 
     auto: Triton's on cuda and xpu if it is installed; on the CPU torch's, but that numpy unpacks.
+    bitsandbytes: over those of auto, its products of nf4: moelite.gpu.bnb_products chooses them.
     """
+    if which == "bitsandbytes":
+        return _with_bitsandbytes(device)
     has_triton = importlib.util.find_spec("triton") is not None
     if which == "auto" and device.type == "cpu":
         return HostKernels(device)
@@ -47,16 +49,41 @@ def kernels_for(device: torch.device, which: Which = "auto") -> Kernels:
     return TritonKernels(device)
 
 
+def _with_bitsandbytes(device: torch.device) -> Kernels:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UnsupportedError(
+            "bitsandbytes is not installed", fix="pip install bitsandbytes, or compute without it"
+        )
+    from moelite.gpu.bnb_products import over
+
+    return over(kernels_for(device))
+
+
 class Kernels:
     """Every operation in torch. All tensors are on `device`; activations are float32.
 
     blind: one token's operations never look at a result on the host, so a graph can keep them.
+    Kernels that are not blind take the places of experts from the host without waiting.
     """
 
     blind = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def settle(self, fmt: str, packed: Tensor, base: int, rows: int, cols: int) -> None:
+        """Lays the matrix at packed[base] as these kernels read it, in its own bytes: once, when it
+        has arrived as it lies in a store, before anything else here is told of it."""
+
+    def take(self, fmt: str, packed: Tensor, rows: int, cols: int, ids: Tensor) -> Tensor:
+        """The rows `ids`, int64 [T] on the device, of the matrix that `packed` is -> [T, cols]:
+        their tiles alone are unpacked."""
+        one, tile = FORMATS[fmt].nbytes(1, cols), FORMATS[fmt].tile_bytes(cols)
+        together = 1 if one < tile else TILE_ROWS  # f32 and bf16 are rows, without tiles
+        tiles = packed.view(-1, one)[ids // together].reshape(-1)
+        found = self.unpack(fmt, tiles, 0, together * ids.numel(), cols)
+        each = torch.arange(ids.numel(), device=ids.device)
+        return found.view(ids.numel(), together, cols)[each, ids % together]
 
     def unpack(self, fmt: str, packed: Tensor, base: int, rows: int, cols: int) -> Tensor:
         """packed uint8 [n] -> the [rows, cols] matrix at packed[base], float32: bit for bit what
@@ -76,7 +103,7 @@ class Kernels:
 
         A large one is unpacked a strip of rows at a time, which for most formats are whole tiles.
         """
-        strip = max(SCRATCH_BYTES // (4 * cols) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
+        strip = strip_rows(cols)
         if rows <= strip or not FORMATS[fmt].exact:
             return torch.matmul(x, self.unpack(fmt, packed, base, rows, cols).T)
         out, tile = x.new_empty((len(x), rows)), FORMATS[fmt].tile_bytes(cols)
@@ -99,9 +126,10 @@ class Kernels:
     ) -> Tensor:
         """out[target[k]] = the matrix at arena[bases[k]] times x[k], or times x[0] if x is one row.
 
-        x [1 or K, cols], already `rounded`. bases int64 [K] on the device; of -1, "not here", the
-        row of `out` stays as it is. target int32 or int64 [K] on the device; by default row k. out
-        [.., rows]; by default zeros [K, rows]. Returns out.
+        x [1 or K, cols], already `rounded`. bases int64 [K] on the device, or for kernels that are
+        not blind on the host; of -1, "not here", the row of `out` stays as it is. target int32 or
+        int64 [K], there too; by default row k. out [.., rows]; by default zeros [K, rows]. Returns
+        out.
         """
         count = len(bases)
         if out is None:

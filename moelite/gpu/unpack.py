@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from moelite.errors import QuantizationError
+from moelite.gpu.plan import SCRATCH_BYTES
 from moelite.quant import FORMATS
 from moelite.quant.base import BLOCK, GROUP, TILE_ROWS, pad
 from moelite.quant.codes import E2M1
@@ -64,6 +65,11 @@ def constant(name: str, device: torch.device) -> Tensor:
         vq, plane = name.rsplit(".", 1)
         table = read_tables()[vq][int(plane)]
     return torch.from_numpy(np.array(table)).to(device)
+
+
+def strip_rows(cols: int) -> int:
+    """Rows of a matrix that are unpacked at once: whole tiles, SCRATCH_BYTES as float32."""
+    return max(SCRATCH_BYTES // (4 * cols) // TILE_ROWS * TILE_ROWS, TILE_ROWS)
 
 
 def unpack(name: str, packed: Tensor, base: int, rows: int, cols: int) -> Tensor:

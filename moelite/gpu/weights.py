@@ -11,6 +11,7 @@ from moelite.arch import Arch, GatedMLP, Linear, Norm, TensorRef
 from moelite.errors import UnsupportedError
 from moelite.gpu.device import Device
 from moelite.gpu.plan import block_bytes
+from moelite.gpu.products import Kernels
 from moelite.quant import FORMATS
 from moelite.quant.base import ALIGN, U8, pad, pair_rows, put_half
 from moelite.store import Store
@@ -45,10 +46,11 @@ class GatedOf(NamedTuple):
 
 
 class Weights:
-    """Reads the dense tensors of a store onto a device, one after another."""
+    """Reads the dense tensors of a store onto a device, one after another, as its kernels read
+    them."""
 
-    def __init__(self, store: Store, arch: Arch, device: Device) -> None:
-        self._store, self._used = store, 0
+    def __init__(self, store: Store, arch: Arch, device: Device, kernels: Kernels) -> None:
+        self._store, self._used, self._kernels = store, 0, kernels
         formats = {key: store.dense_entry(key).format for key in store.dense_keys()}
         self._block = device.zeros((block_bytes(arch, formats),), torch.uint8)
         self._matrices: dict[str, Matrix] = {}
@@ -57,9 +59,12 @@ class Weights:
         """A linear part; that of tied embeddings and head is there once."""
         key = part.weight.key
         if key not in self._matrices:
-            made = self._put(self._store.read_dense(key, verify=True))
-            fmt, bias = self._store.dense_entry(key).format, self.vector(part.bias)
-            self._matrices[key] = Matrix(fmt, made, part.rows, part.cols, bias)
+            fmt, packed = (
+                self._store.dense_entry(key).format,
+                self._store.read_dense(key, verify=True),
+            )
+            made = self._settled(fmt, packed, part.rows, part.cols)
+            self._matrices[key] = Matrix(fmt, made, part.rows, part.cols, self.vector(part.bias))
         return self._matrices[key]
 
     def vector(self, ref: TensorRef | None) -> torch.Tensor | None:
@@ -88,8 +93,13 @@ class Weights:
         for half, key in enumerate(keys):
             part = self._store.read_dense(key, verify=True)
             put_half(both, half, part, FORMATS[fmt].tile_bytes(cols))
-        gate_up = Matrix(fmt, self._put(both), rows, cols)
+        gate_up = Matrix(fmt, self._settled(fmt, both, rows, cols), rows, cols)
         return GatedOf(gate_up, self.matrix(spec.down), spec.gate.rows)
+
+    def _settled(self, fmt: str, packed: U8, rows: int, cols: int) -> torch.Tensor:
+        there = self._put(packed)
+        self._kernels.settle(fmt, there, 0, rows, cols)
+        return there
 
     def _put(self, data: U8) -> torch.Tensor:
         start, end = self._used, self._used + data.size
