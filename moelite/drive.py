@@ -27,6 +27,7 @@ _NOTES = "drives.json"
 _FRESH_S = 30.0  # a speed younger than this is not measured again
 _LARGE = 1 << 23  # a larger record is read no faster, and its blocks would take the budget
 _FILES = 64  # at most
+_WARM = 1 << 27  # bytes copied from the page cache, at most
 _AHEAD_S = 0.03  # reads in flight before they count
 _TRIAL_S = 0.1
 _QUICK_S = 0.25
@@ -38,13 +39,13 @@ class DriveSpeed:
     """What a drive gives at one record size.
 
     direct: past the page cache. depth: reads in flight. bytes_s: bytes a second at both.
-    page_cache_bytes_s: of records that the page cache holds.
+    cached_bytes_s: of records that the page cache holds, copied by several threads.
     """
 
     direct: bool
     depth: int
     bytes_s: float
-    page_cache_bytes_s: float
+    cached_bytes_s: float
 
 
 def open_for_reading(path: Path, *, direct: bool) -> int:
@@ -122,7 +123,7 @@ def _noted(note: object) -> DriveSpeed | None:
             direct=bool(note["direct"]),
             depth=int(note["depth"]),
             bytes_s=float(note["bytes_s"]),
-            page_cache_bytes_s=float(note["page_cache_bytes_s"]),
+            cached_bytes_s=float(note["cached_bytes_s"]),
         )
     except (AssertionError, KeyError, TypeError, ValueError):
         return None
@@ -167,7 +168,7 @@ class _Trial:
             direct=direct,
             depth=depth,
             bytes_s=speeds[depth] or best,
-            page_cache_bytes_s=self._warm(),
+            cached_bytes_s=self._warm(),
         )
 
     def again(self, found: DriveSpeed) -> DriveSpeed:
@@ -180,7 +181,7 @@ class _Trial:
             direct=found.direct,
             depth=found.depth,
             bytes_s=speed,
-            page_cache_bytes_s=found.page_cache_bytes_s,
+            cached_bytes_s=found.cached_bytes_s,
         )
 
     def _speed(self, depth: int, *, direct: bool, seconds: float) -> float:
@@ -241,11 +242,22 @@ class _Trial:
             failed.append(problem)
 
     def _warm(self) -> float:
-        # of one record, read again at once
-        best, fd = 0.0, open_for_reading(self._files[0], direct=False)
+        # of records read again, more than a processor's own caches hold, on a thread a core
+        count = max(1, min(self._places, _WARM // self._record))
+        fd, best = open_for_reading(self._files[0], direct=False), 0.0
+        team = min(len(self._blocks), os.cpu_count() or 1)
+
+        def copy(thread: int) -> None:
+            for place in range(thread, count, team):
+                pread_into(fd, self._blocks[thread].data, place * self._record)
+
         for _ in range(4):
+            threads = [threading.Thread(target=copy, args=(i,)) for i in range(team)]
             start = time.perf_counter()
-            pread_into(fd, self._blocks[0].data, 0)
-            best = max(best, self._record / (time.perf_counter() - start))
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            best = max(best, count * self._record / (time.perf_counter() - start))
         os.close(fd)
         return best

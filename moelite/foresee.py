@@ -44,7 +44,7 @@ def foresee(  # noqa: PLR0913 - what `footprint` takes, and two more
     found, usual = planned(sizes, ram, place, vram), hits or usual_hits(sizes.arch)
     store = Path(path).expanduser()
     written = store if (store / MANIFEST).exists() else None
-    here = speeds_here(sizes, found, written, folder)
+    here = speeds_here(sizes, found, written, folder, copies=place is None)
     if place is not None:
         return found, device_outlook(
             sizes, found, usual, speeds_of(place, here, sizes.expert_format)

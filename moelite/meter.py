@@ -15,6 +15,7 @@ from moelite.speeds import Spent, record, sample_of, this_machine
 
 _LEAST_GUESSED = 1000  # experts, before their share says something
 _LEAST_READ = 1 << 27  # bytes, the same
+_HARDLY = 0.02  # of the time, reading threads read where the page cache holds everything
 
 
 class Metered(Protocol):
@@ -64,11 +65,12 @@ class Meter:
         work = work_of(sizes, prompt + decoded // 2)
         here = this_machine(sizes.threads, sizes.expert_format, sizes.dense_format)
         chunk = self._model.footprint.chunk
-        sample = sample_of(self._fingerprint, work, chunk, prefill, decode)
+        reads = self._now().stats - self._first.stats
+        cached = not self._model.store.direct and reads.read_s < _HARDLY * decode.compute_s
+        sample = sample_of(self._fingerprint, work, chunk, prefill, decode, cached=cached)
         ahead = self._model.lookahead
         if ahead.guessed >= _LEAST_GUESSED:
             sample = replace(sample, recall=ahead.recall)
-        reads = self._now().stats - self._first.stats
         if self._model.store.direct and reads.bytes_read >= _LEAST_READ:
             sample = replace(sample, drive_bytes_s=reads.read_bytes_s, at=time.time())
         record(self._folder, here, sample)
@@ -87,4 +89,5 @@ def _spent(before: _Moment, after: _Moment, tokens: int) -> Spent:
         compute_s=compute_s,
         python_s=max(0.0, passed - compute_s - stats.wait_s),
         misses=stats.misses,
+        wait_s=stats.wait_s,
     )

@@ -29,6 +29,7 @@ from moelite.machine import POPULATED_BYTES, memory
 from moelite.recipe import Recipe
 from moelite.speeds import (
     drive_rate,
+    from_page_cache,
     load_samples,
     probe_memory,
     probe_touch,
@@ -89,7 +90,7 @@ def setting_of(arch: Arch, found: Footprint) -> Setting:
     )
 
 
-def speeds_here(
+def speeds_here(  # noqa: PLR0913 - what decides how a run reads
     sizes: Sizes,
     found: Footprint,
     store: Path | None,
@@ -98,13 +99,15 @@ def speeds_here(
     memory_speed: Callable[[], float] | None = None,
     direct: bool | None = None,
     lookahead: bool = True,
+    copies: bool = True,
 ) -> Speeds:
     """How fast this machine runs a plan: from earlier runs, else from a short probe.
 
     store: None if it is not written yet. folder: holds the file of earlier runs (default: the
     user's cache folder). memory_speed: instead of the probe, which takes memory of its own.
     direct: whether records are read past the page cache (default: as `load` would decide).
-    lookahead: whether the next layer's experts may be read ahead.
+    lookahead: whether the next layer's experts may be read ahead. copies: whether the threads that
+    compute copy what the page cache holds.
     """
     folder = user_cache_path("moelite") if folder is None else folder
     here = this_machine(sizes.threads, sizes.expert_format, sizes.dense_format)
@@ -117,7 +120,9 @@ def speeds_here(
         direct = memory().available_bytes - found.used_bytes < found.experts_bytes
     drive = drive_rate(store, found.record_bytes, cacheable=not direct)
     model = None if store is None else read_manifest(store / MANIFEST).fingerprint
-    found_here = speeds(samples, here, model, reading, drive)
+    found_here = speeds(samples, here, model, reading, drive.bytes_s)
+    if drive.cached and copies:
+        found_here = from_page_cache(found_here, samples, model, found.record_bytes)
     return replace(
         found_here,
         recall=found_here.recall if lookahead else None,

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from platformdirs import user_cache_path
@@ -43,9 +43,11 @@ _PREFILL_MACS |= {"int4-f16": 95e9, "mxfp4": 95e9, "nf4": 36e9, "nf4-dq": 30e9}
 _PREFILL_MACS |= {"vq-0.5": 95e9, "vq-1": 95e9, "vq-1.5": 90e9, "vq-2": 90e9, "vq-2.5": 90e9}
 _PREFILL_MACS |= {"vq-3": 85e9, "qmoe": 39e9, "qmoe-ls": 39e9}
 _NARROW = 0.65
+_COPIED_S = 0.07e-3  # the same where it is copied from the page cache (docs/LOG.md)
 _MISS_S = 0.15e-3  # to handle a miss in Python: 0.09 to 0.2 ms, by the size of a record
 # Of lookahead: 79 % on the built-in model, 81 to 89 in published runs of Qwen models (docs/LOG.md)
 RECALL = Rate(0.72, 0.85, 0.96, "estimated")
+_NEARLY_ALL = 0.95  # of the pages looked at
 _PAGES = 128  # looked at to see what the page cache holds
 _DRIVE_S, _ANOTHER = 900.0, 2.5
 _TOUCH_BYTES = 16 * MIB  # little: a loaded model may hold its whole budget by now
@@ -79,7 +81,8 @@ class Sample:
     """What one run showed; None where it was too short or had nothing to show. model: which.
 
     recall: share of the experts that lookahead guessed. drive_bytes_s: what the drive gave
-    while it was read from, at the time `at`, seconds since 1970.
+    while it was read from, at the time `at`, seconds since 1970. copied_s: of a miss that the page
+    cache held, the copy included.
     """
 
     model: str
@@ -89,20 +92,34 @@ class Sample:
     recall: float | None = None
     drive_bytes_s: float | None = None
     at: float | None = None
+    copied_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """Seconds that some tokens took: computing, and the rest without waiting for reads."""
+    """Seconds that some tokens took: computing, waiting for reads, and the rest."""
 
     tokens: int
     compute_s: float
     python_s: float
     misses: int
+    wait_s: float = 0.0
 
 
-def sample_of(model: str, work: Work, chunk: int, prefill: Spent, decode: Spent) -> Sample:
-    """What a run of `model` showed, read `chunk` tokens at a time. Too few tokens say nothing."""
+class Reading(NamedTuple):
+    """How fast records are read; cached: they are copied from the page cache, nearly all."""
+
+    bytes_s: Rate
+    cached: bool
+
+
+def sample_of(
+    model: str, work: Work, chunk: int, prefill: Spent, decode: Spent, *, cached: bool = False
+) -> Sample:
+    """What a run of `model` showed, read `chunk` tokens at a time. Too few tokens say nothing.
+
+    cached: every miss was a copy from the page cache.
+    """
     sample = Sample(model=model)
     each = min([k / experts for experts, k in work.moe], default=1.0)  # tokens of an expert
     enough = each * min(chunk, prefill.tokens) >= _LEAST_EACH
@@ -111,11 +128,12 @@ def sample_of(model: str, work: Work, chunk: int, prefill: Spent, decode: Spent)
         sample = replace(sample, prefill_macs_s=macs / prefill.compute_s)
     if decode.tokens >= _LEAST_DECODE and decode.compute_s > 0:
         read = decode.tokens * (work.dense_bytes + work.used_experts * work.expert_bytes)
-        beside = slowed(decode.misses / decode.tokens, work.used_experts)
+        beside = 1.0 if cached else slowed(decode.misses / decode.tokens, work.used_experts)
         sample = replace(sample, weight_bytes_s=read * beside / decode.compute_s)
         if decode.misses >= decode.tokens:
             rest = decode.python_s - decode.tokens * work.layers * LAYER_S
-            sample = replace(sample, miss_s=max(0.0, rest / decode.misses))
+            each = max(0.0, rest + (decode.wait_s if cached else 0.0)) / decode.misses
+            sample = replace(sample, copied_s=each) if cached else replace(sample, miss_s=each)
     return sample
 
 
@@ -146,6 +164,7 @@ def _sample(entry: Any) -> Sample | None:
         recall=_within(entry.get("recall"), 0.0, 1.0),
         drive_bytes_s=_within(entry.get("drive_bytes_s"), 1e4, 1e13),
         at=_within(entry.get("at"), 0.0, 1e12),
+        copied_s=_within(entry.get("copied_s"), 0.0, 10.0),
     )
 
 
@@ -186,6 +205,16 @@ def speeds(
         miss_s=_MISS_S if miss is None else miss.likely,
         recall=RECALL if recall is None else replace(recall, high=min(1.0, recall.high)),
     )
+
+
+def from_page_cache(
+    found: Speeds, samples: list[Sample], model: str | None, record_bytes: int
+) -> Speeds:
+    """Where the page cache holds the records: the threads that compute copy what is missing, so it
+    hides behind nothing, and there is nothing to read ahead."""
+    seen = _measured(samples, "copied_s", model)
+    copied = record_bytes / found.drive_bytes_s.likely + _COPIED_S
+    return replace(found, miss_s=seen.likely if seen else copied, recall=None, beside=False)
 
 
 def _measured(samples: list[Sample], name: str, model: str | None) -> Rate | None:
@@ -250,7 +279,7 @@ def probe_touch(threads: int) -> float:
     return block.size / (time.perf_counter() - start)
 
 
-def drive_rate(store: Path | None, record_bytes: int, *, cacheable: bool) -> Rate:
+def drive_rate(store: Path | None, record_bytes: int, *, cacheable: bool) -> Reading:
     """How fast records of `store` are read; without one, as the drive that would hold it
     was read before, else an assumption.
 
@@ -259,17 +288,17 @@ def drive_rate(store: Path | None, record_bytes: int, *, cacheable: bool) -> Rat
     """
     if store is None:
         noted = noted_speed(user_cache_path("moelite"), record_bytes)
-        return around(noted.bytes_s if noted else UNKNOWN_DRIVE, 0.5, "estimated")
+        return Reading(around(noted.bytes_s if noted else UNKNOWN_DRIVE, 0.5, "estimated"), False)
     try:
         found = drive_speed(store, record_bytes)
     except OSError:
-        return around(UNKNOWN_DRIVE, 0.5, "estimated")
-    drive, cached = found.bytes_s, found.page_cache_bytes_s
+        return Reading(around(UNKNOWN_DRIVE, 0.5, "estimated"), False)
+    drive, cached = found.bytes_s, found.cached_bytes_s
     if not cacheable or cached <= drive:
-        return around(drive, 0.2, "measured")
+        return Reading(around(drive, 0.2, "measured"), False)
     share = _in_page_cache(store)
     now = 1 / (share / cached + (1 - share) / drive)
-    return Rate(0.8 * now, now, cached, "measured")
+    return Reading(Rate(0.8 * now, now, cached, "measured"), share >= _NEARLY_ALL)
 
 
 def _in_page_cache(store: Path) -> float:

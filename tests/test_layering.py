@@ -36,6 +36,7 @@ LAYERS = (
         "packing",
         "lookahead",
         "expertjobs",
+        "cachedreads",
         "allocation",
         "layerfile",
         "kept",

@@ -14,7 +14,7 @@ from moelite import meter
 from moelite import speeds as module
 from moelite.cache.stats import CacheStats
 from moelite.drive import DriveSpeed
-from moelite.forecast import LAYER_S, Work, around
+from moelite.forecast import LAYER_S, Work, around, decode
 from moelite.meter import Meter
 from moelite.speeds import (
     FILE,
@@ -22,6 +22,7 @@ from moelite.speeds import (
     Sample,
     Spent,
     drive_rate,
+    from_page_cache,
     load_samples,
     probe_memory,
     record,
@@ -195,35 +196,65 @@ def test_the_probe_of_memory_is_quick_and_sane() -> None:
 
 
 def given(monkeypatch, drive: float, cached: float, share: float) -> None:
-    found = DriveSpeed(direct=True, depth=4, bytes_s=drive, page_cache_bytes_s=cached)
+    found = DriveSpeed(direct=True, depth=4, bytes_s=drive, cached_bytes_s=cached)
     monkeypatch.setattr(module, "drive_speed", lambda path, size: found)
     monkeypatch.setattr(module, "_in_page_cache", lambda store: share)
 
 
 def test_the_drive_counts_where_the_page_cache_has_no_room(monkeypatch, tmp_path) -> None:
     given(monkeypatch, 1e9, 8e9, 1.0)
-    assert drive_rate(tmp_path, 4096, cacheable=False) == around(1e9, 0.2, "measured")
+    found = drive_rate(tmp_path, 4096, cacheable=False)
+    assert found == (around(1e9, 0.2, "measured"), False)
 
 
 def test_what_the_page_cache_holds_is_read_from_it(monkeypatch, tmp_path) -> None:
     given(monkeypatch, 1e9, 8e9, 0.75)
-    rate = drive_rate(tmp_path, 4096, cacheable=True)
+    rate, cached = drive_rate(tmp_path, 4096, cacheable=True)
     assert rate.likely == pytest.approx(1 / (0.75 / 8e9 + 0.25 / 1e9))
     assert rate.low < rate.likely < rate.high == 8e9
+    assert not cached
+    given(monkeypatch, 1e9, 8e9, 0.99)
+    assert drive_rate(tmp_path, 4096, cacheable=True).cached
+
+
+def test_a_miss_that_the_page_cache_holds_is_a_copy_that_nothing_hides() -> None:
+    """Records of 8 MB at 8 GB/s: 1 ms each, and what handling takes; or as runs showed."""
+    memory, rate = around(1e10, 0.4, "estimated"), around(8e9, 0.2, "measured")
+    slow = speeds([], HERE, "m", memory, rate)
+    found = from_page_cache(slow, [], "m", 8_000_000)
+    assert found.miss_s == pytest.approx(1.07e-3)
+    assert found.recall is None
+    work = replace(WORK, record_bytes=8_000_000)
+    token = decode(work, (4, 4), lambda share: 0.5, found, "likely")
+    assert token.wait_s == 0
+    assert token.handling_s == pytest.approx(2 * 1.07e-3)
+    plain = decode(work, (8, 8), lambda share: 0.5, found, "likely")
+    assert token.compute_s == pytest.approx(plain.compute_s)  # no reads beside it
+    seen = [Sample(model="m", copied_s=3e-4), Sample(model="m", miss_s=9e-4)]
+    assert from_page_cache(slow, seen, "m", 8_000_000).miss_s == pytest.approx(3e-4)
+
+
+def test_a_sample_of_copies_counts_them_and_no_slowing() -> None:
+    prefill = Spent(tokens=64, compute_s=2.0, python_s=1.0, misses=16)
+    answer = Spent(tokens=20, compute_s=0.4, python_s=0.1, misses=40, wait_s=0.3)
+    found = sample_of("m", WORK, 64, prefill, answer, cached=True)
+    assert found.weight_bytes_s == pytest.approx(20 * (1000 + 4 * 500) / 0.4)
+    assert found.copied_s == pytest.approx((0.4 - 20 * 2 * LAYER_S) / 40)
+    assert found.miss_s is None
 
 
 def test_an_unknown_drive_is_an_assumption(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(module, "noted_speed", lambda path, size: None)
-    assert drive_rate(None, 4096, cacheable=True) == around(1e9, 0.5, "estimated")
-    noted = DriveSpeed(direct=True, depth=4, bytes_s=3e9, page_cache_bytes_s=1e10)
+    assert drive_rate(None, 4096, cacheable=True) == (around(1e9, 0.5, "estimated"), False)
+    noted = DriveSpeed(direct=True, depth=4, bytes_s=3e9, cached_bytes_s=1e10)
     monkeypatch.setattr(module, "noted_speed", lambda path, size: noted)
-    assert drive_rate(None, 4096, cacheable=True) == around(3e9, 0.5, "estimated")
+    assert drive_rate(None, 4096, cacheable=True) == (around(3e9, 0.5, "estimated"), False)
 
     def broken(path: object, size: int) -> DriveSpeed:
         raise OSError("no such drive")
 
     monkeypatch.setattr(module, "drive_speed", broken)
-    assert drive_rate(tmp_path, 4096, cacheable=True).basis == "estimated"
+    assert drive_rate(tmp_path, 4096, cacheable=True).bytes_s.basis == "estimated"
 
 
 def test_what_was_just_written_is_in_the_page_cache(tmp_path: Path) -> None:

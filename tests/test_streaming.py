@@ -251,7 +251,7 @@ def test_a_drive_is_measured_once_and_its_speed_again(
     found = drive.drive_speed(folder, 1 << 18)
     assert found.depth in drive.DEPTHS
     assert found.bytes_s > 1e6
-    assert found.page_cache_bytes_s > 1e8
+    assert found.cached_bytes_s > 1e8
     assert drive.drive_speed(folder, 1 << 18) == found  # kept, and fresh
     monkeypatch.setattr(drive, "_FRESH_S", -1.0)
     monkeypatch.setattr(drive._Trial, "choose", lambda self: pytest.fail("chosen again"))

@@ -251,6 +251,7 @@ class DeviceModel(Model):
             *(sizes, found, store, folder),
             direct=self.store.direct,
             lookahead=lookahead and self.lookahead.choice != "off",
+            copies=False,
         )
         here = self.speeds(cpu)
         usual = hits or usual_hits(self.arch)
