@@ -75,6 +75,7 @@ class ExpertCache:
             ExpertKey, int
         ] = {}  # of residents, and of evicted hits not yet multiplied
         self._tables: dict[int, I32] = {}
+        self.asked = 0  # reads that the pool was asked for
         self._free: dict[int, list[int]] = {}  # by size
         begin = 0
         for size, count in slots.items():
@@ -184,6 +185,7 @@ class ExpertCache:
             if key not in self._slot and key not in self._ahead and key not in self._reading:
                 reading = self._ahead[key] = self._begin(key)
                 self._pool.submit(reading, urgent=False)
+                self.asked += 1
 
     def batches(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield [(expert, slot)] until every needed expert was handed out once.
@@ -304,6 +306,7 @@ class ExpertCache:
             if not reading.landed:
                 self._reading[reading.key] = reading
                 self._pool.submit(reading, urgent=True)
+                self.asked += 1
         return ready
 
     def _at_once(self, begun: Sequence[Reading]) -> list[ExpertKey]:

@@ -77,9 +77,13 @@ class WeightSource(Protocol):
 
 
 class ExpertSource(Protocol):
-    """Where routed experts are: slots in one arena, each on a page."""
+    """Where routed experts are: slots in one arena, each on a page.
+
+    asked: reads, needed or ahead of need, for which threads were asked, since it was made.
+    """
 
     arena: U8
+    asked: int
 
     def slots_of(self, layer: int, experts: int) -> I32:
         """The page where each of a layer's experts begins, or -1. Kept up to date."""

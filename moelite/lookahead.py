@@ -19,7 +19,7 @@ CHOICES: tuple[str, ...] = get_args(Choice)
 _BLOCK = 3  # tokens with, then as many without
 _BLOCKS = 6  # of each
 _AGAIN = 2000  # tokens until the next test: drives change
-_STILL = 24  # tokens without a miss, after which there is nothing to guess
+_STILL = 24  # tokens without a read, after which there is nothing to guess
 _GAIN = 0.98  # of the time without, at most, to be worth it
 
 
@@ -48,22 +48,24 @@ class Lookahead:
         """Whether the next token guesses."""
         if self.chosen is not None:
             return self.chosen
+        if self._still >= _BLOCK:  # what was missing, if anything, was copied from the page cache
+            return False
         return self._tokens // _BLOCK % 2 == 1
 
-    def told(self, seconds: float, misses: int) -> None:
-        """A token took so long, and so many experts were missing."""
+    def told(self, seconds: float, reads: int) -> None:
+        """A token took so long, and so many experts were read for it, or ahead of need."""
         if self.choice != "auto":
             return
         self._tokens += 1
-        self._still = 0 if misses else self._still + 1
+        self._still = 0 if reads else self._still + 1
+        if self._still >= _STILL:
+            self.chosen, self.seconds = False, None  # all that is used is in memory by now
         if self.chosen is not None:
-            if self._still >= _STILL:
-                self.chosen, self.seconds = False, None  # all that is used is in memory by now
             if self._tokens >= _AGAIN:
                 self.chosen, self._tokens, self._times = None, 0, ([], [])
             return
         at = self._tokens - 1
-        self._reads = self._reads or misses > 0
+        self._reads = self._reads or reads > 0
         if at % _BLOCK:  # the first of a block still pays for the one before
             self._times[at // _BLOCK % 2].append(seconds)
         if self._tokens < 2 * _BLOCK * _BLOCKS:

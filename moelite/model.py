@@ -84,7 +84,7 @@ class Decoder:
         shape = arch.vocab_size, arch.hidden_size
         matrix = matrix_of(source.format_of(embed), packed, 0, *shape)
         self._logits = np.zeros(pad(arch.vocab_size, 8), np.float32)
-        self._guessing, self._missing = False, 0
+        self._guessing = False
         self._logits_of = -1  # the row of the last chunk that they belong to
         ropes, build = RopeTables(arch, kv.context), Builder(arch, source, experts, tiers)
         layers = [build.layer(i, ropes, work, kv) for i in range(len(arch.layers))]
@@ -151,7 +151,7 @@ class Decoder:
             self._experts.admit()
         self._guessing = tokens == 1 and self.lookahead.wanted()
         guess = self.guess if self._guessing else NO_GUESS
-        began, self._missing = time.perf_counter(), 0
+        began, asked = time.perf_counter(), self._experts.asked
         self._give(start, tokens)
         while True:
             words = [LAYERS, self._at, rows.ctypes.data, tokens, start, first, guess]
@@ -161,12 +161,11 @@ class Decoder:
                 self._settle(first, layers if stop < 0 else stop)
             if stop < 0:
                 break
-            self._missing += 1
             self._route_to(stop, tokens)
             first = stop + 1
         if tokens == 1:
             self._logits_of = 0
-            self.lookahead.told(time.perf_counter() - began, self._missing)
+            self.lookahead.told(time.perf_counter() - began, self._experts.asked - asked)
         if each is not None:
             for i in range(rows.size):
                 each(i, self.logits(i))

@@ -217,3 +217,16 @@ def test_an_expert_is_verified_before_it_is_copied(store: Path) -> None:
     opened.direct = True
     with pytest.raises(StoreError, match="is not in this store"):
         opened.load_record(ExpertKey(2, 99), room)
+
+
+def test_nothing_is_guessed_where_the_page_cache_has_it_all(model: moelite.Model) -> None:
+    session = model.session()
+    for expert in range(model.store.layers[2].experts):
+        for layer in model.store.layers:
+            model.store.load_record(ExpertKey(layer, expert), np.empty(1 << 20, np.uint8))
+    for i in IDS:
+        session.append([i])
+    assert model.stats().misses > len(IDS)
+    assert model.lookahead.guessed == 0
+    assert model.lookahead.chosen is False
+    assert model.experts.asked == 0

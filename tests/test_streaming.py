@@ -216,6 +216,11 @@ def test_nothing_missing_needs_no_lookahead() -> None:
     assert drive_tokens(Lookahead("auto"), 0.05, 0.03, 0)[-1] is False
 
 
+def test_tokens_without_a_read_do_without_it_while_it_is_tested() -> None:
+    ahead = Lookahead("auto")
+    assert drive_tokens(ahead, 0.05, 0.03, 0) == [False] * 200
+
+
 def test_it_ends_when_nothing_is_missing_any_more() -> None:
     ahead = Lookahead("auto")
     drive_tokens(ahead, 0.05, 0.04, 3)
