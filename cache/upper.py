@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -103,6 +103,17 @@ class Batch:
         """What is computed from now on waits until they are there."""
         for arrival in self.arrivals:
             arrival.gate()
+
+    def pieces(self, most: int) -> Iterator[Batch]:
+        """It in parts, to be gated one by one: of `most` experts, or of all that are there."""
+        begin, count = 0, len(self.experts)
+        while begin < count:
+            end = min(count, begin + most) if self.arrivals else count
+            while end < count and all(a.landed() for a in self.arrivals[begin : end + 1]):
+                end += 1
+            part = slice(begin, end)
+            yield replace(self, experts=self.experts[part], arrivals=self.arrivals[part])
+            begin = end
 
 
 class UpperCache:

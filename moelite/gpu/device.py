@@ -129,7 +129,8 @@ class _Parcel:
 
     def wait(self) -> None:
         self._there.wait()
-        time.sleep(max(0.0, self.at - time.perf_counter()))
+        if (left := self.at - time.perf_counter()) > 0:  # sleep(0) takes 70 us
+            time.sleep(left)
 
 
 class _SimulatedCopies:

@@ -105,6 +105,9 @@ class DeviceModel(Model):
         self._on_device, self.upper = device_experts, upper
         self.miss: Miss = miss
         upper.split = self._split(miss)
+        first = self.arch.moe_layers[0]
+        slots = self._arena.numel() // store.layers[first].slot_bytes
+        device_experts.set_piece(first, min(slots, top_k))
         decoder = DeviceDecoder(
             self.arch, weights, device, kernels, device_experts, keys, plan.chunk
         )
