@@ -280,7 +280,7 @@ class UpperCache:
         self, layer: int, misses: list[int], found: Decision, here: Iterator[Batch], *, one: bool
     ) -> Iterator[Batch]:
         """What is missing, and between its first copies and its first batch those that are here."""
-        size, host = self.sizes[layer], set(found.host)
+        size, host, ahead = self.sizes[layer], set(found.host), set(self._ahead)
         evicted = {ExpertKey(layer, e) for e in found.evicted}
         claimed: deque[ExpertKey] = deque()
         # half of the slots that float are computed while the others are filled
@@ -296,7 +296,8 @@ class UpperCache:
         if all(self.below.slot_of(layer, expert) < 0 for expert in misses):
             yield from here  # while they are read
         for landed in self.below.batches(layer, misses):
-            for expert, page in landed:
+            # what was guessed is there sooner than what begins to come now
+            for expert, page in sorted(landed, key=lambda x: ExpertKey(layer, x[0]) not in ahead):
                 if expert in host:
                     continue
                 full = len(claimed) >= most and not one
