@@ -98,8 +98,9 @@ class Told:
     """In the place of the router's guess of the next layer: of the experts that `routes` [N, moe
     layers, K] will have a token take, `recall` are named, the others are any that it will not."""
 
-    def __init__(self, recall: float, routes: np.ndarray) -> None:
-        self.recall, self.routes, self._rng = recall, routes, np.random.default_rng(7)
+    def __init__(self, recall: float, routes: np.ndarray, experts: int = EXPERTS) -> None:
+        self.recall, self.routes, self._experts = recall, routes, experts
+        self._rng = np.random.default_rng(7)
 
     def guess(self, decoder: DeviceDecoder, layer: int, x: torch.Tensor) -> torch.Tensor | None:
         """As DeviceDecoder._next_guess, whose own product is made, too: it takes its time."""
@@ -108,7 +109,7 @@ class Told:
             return None
         at = int(decoder._token[1]) % len(self.routes)
         right = self.routes[at, layer + 1].tolist()
-        others = [e for e in range(EXPERTS) if e not in right]
+        others = [e for e in range(self._experts) if e not in right]
         self._rng.shuffle(others)
         guess = [e if self._rng.random() < self.recall else others.pop() for e in right]
         return torch.tensor([guess])

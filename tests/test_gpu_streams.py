@@ -17,8 +17,10 @@ import moelite
 torch = pytest.importorskip("torch")
 
 import fake_streams  # noqa: E402
+from link_overlap import Told  # noqa: E402
 
 from moelite.cache import UpperCache  # noqa: E402
+from moelite.gpu.decoder import DeviceDecoder  # noqa: E402
 from moelite.gpu.device import _Event, _StreamCopies  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -183,6 +185,31 @@ def test_a_chunk_computes_an_expert_before_it_needs_the_next_copy(
         kept = min(kept, ahead)  # those that were there need no copy
         assert ahead - kept <= 1
     assert kinds.count("computed") == EXPERTS * LAYERS
+
+
+def test_what_was_guessed_comes_while_the_layer_before_is_computed(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a token's first expert of a layer is computed, all copies of the next have begun."""
+    streams = fake_streams.install(monkeypatch, eager=False)
+    order = np.arange(EXPERTS, dtype=np.int32).reshape(-1, 1, 2).repeat(LAYERS, axis=1)
+    with loaded(store, 8, lookahead="on") as model:
+        model.force_routes(order)
+        session = model.session()
+        session.advance(IDS[: len(order)])  # memory has them all then
+        teller = Told(1.0, order, EXPERTS)
+        monkeypatch.setattr(DeviceDecoder, "_next_guess", lambda *args: teller.guess(*args))
+        for token in range(len(order)):
+            streams.log.clear()
+            session.advance(IDS[token : token + 1])
+            begun, seen = 0, []
+            for entry in streams.log:
+                begun += entry.startswith("copies waits")
+                seen += [begun] if entry.startswith("computed") else []
+            assert begun == 2 * LAYERS
+            # a layer's experts come piece by piece, or both at once
+            assert sorted(set(seen)) == [4, 6]
+        assert model.lookahead.recall == 1.0
 
 
 def test_a_tokens_experts_are_split_where_computing_takes_longer_than_asking(

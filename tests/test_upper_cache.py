@@ -234,6 +234,19 @@ def test_bases_tell_where_experts_are() -> None:
         assert both.use(1, [5])[0] == [5]
 
 
+def test_slots_of_guesses_are_taken_where_no_other_is_free() -> None:
+    with tiers(0, EXPERTS, floating=3) as both:
+        both.use(0, [1, 2, 3])
+        both.use(1, [1, 2, 3])  # memory has them
+        both.upper.prefetch(1, [1, 2])
+        assert both.upper.slot_of(1, 1) == -1  # on its way, not used yet
+        assert both.use(0, [1, 2, 3])[0] == [1, 2, 3]
+        assert both.upper.stats.wasted == 2
+        both.upper.prefetch(1, [1])
+        both.upper.touch(1, [])
+        assert both.upper.stats.wasted == 3  # that layer has been through
+
+
 def test_after_a_read_that_failed_the_caches_hold_what_arrived() -> None:
     with tiers(3, 3) as both:
         both.use(0, [1])
