@@ -121,9 +121,9 @@ class DeviceExperts:
 
     def set_piece(self, layer: int, count: int) -> None:
         """How many of a token's experts that come are computed at once: so many that computing them
-        takes as long as asking for it, or splitting gains nothing. On a card that is all of them:
-        10 us an expert, and 100 us to launch its kernels; where experts take longer, each by itself
-        beside the copies of the others.
+        takes as long as asking for it, or splitting gains nothing. On a card that will be all of
+        them (assumed: 10 us an expert, 100 us to launch its kernels); where experts take longer,
+        each by itself beside the copies of the others.
 
         count: of experts to try it with, whatever lies in the first slots.
         """
