@@ -192,6 +192,13 @@ def test_a_device_that_is_here_is_looked_at(store: Path, monkeypatch: pytest.Mon
     text = " ".join(done.stdout.split())
     assert "device torch:cpu: it shares this machine's memory" in text
     assert "from a short look at the device" in text
+    assert "experts that miss on the device" not in text
+    with moelite.load(store, **ON, vram="1GiB") as model:
+        least = model.footprint.device.minimum_bytes
+    done = CliRunner().invoke(app, [*line, "--vram", str(least + 4096), "--ram", "1GiB"])
+    text = " ".join(done.stdout.split())
+    assert "experts that miss on the device" in text
+    assert "every expert on the device: " in text
 
 
 def test_verdict_and_advice_name_the_budget_that_helps(model: Any) -> None:
