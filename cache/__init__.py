@@ -7,9 +7,10 @@ if __name__ != "moelite.cache":
 
 from moelite.cache.loader import ExpertCache, allocate_arena
 from moelite.cache.lru import LayerLRU, Lookup, replay
+from moelite.cache.split import Split, replay_tiers
 from moelite.cache.stats import CacheStats
 from moelite.cache.trace import Trace, read_trace
-from moelite.cache.upper import Split, UpperCache, replay_tiers
+from moelite.cache.upper import UpperCache
 
 __all__ = [
     "CacheStats",

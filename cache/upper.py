@@ -2,7 +2,7 @@
 
 The same policy as below, LayerLRU, sees all lookups; the cache below sees those that missed here.
 Which experts are handed out, copied and dropped follows from the lookups alone, so an offline
-replay gives the counts of both tiers (`replay_tiers`).
+replay gives the counts of both tiers (`split.replay_tiers`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from moelite.cache.loader import ExpertCache
 from moelite.cache.lru import LayerLRU
+from moelite.cache.split import ALL_COPIED, Decision, Split, copied_of, decide
 from moelite.cache.stats import CacheStats
 from moelite.quant.base import PAGE
 from moelite.store import ExpertKey
@@ -41,56 +42,6 @@ class Arrival(Protocol):
 Send = Callable[[int, int, int], Arrival]  # (layer, slot below, slot here) -> a copy under way
 
 
-class Split(NamedTuple):
-    """How many of a layer's misses are copied; the rest are computed where they are.
-
-    copy_s: to copy one expert; host_s: to compute one on the CPU; fixed_s: to hand a token over to
-    it and its result back. Both sides run at once.
-    """
-
-    copy_s: float
-    host_s: float
-    fixed_s: float
-
-    def copied(self, misses: int) -> int:
-        """The number that ends soonest; on a tie the larger, which fills the cache."""
-
-        def seconds(n: int) -> float:
-            host = self.fixed_s + (misses - n) * self.host_s if n < misses else 0.0
-            return max(n * self.copy_s if n else 0.0, host)  # 0 * inf is no number
-
-        return min(range(misses, -1, -1), key=seconds)
-
-
-ALL_COPIED = Split(0.0, float("inf"), 0.0)
-NONE_COPIED = Split(float("inf"), 0.0, 0.0)
-
-
-class Decision(NamedTuple):
-    """What one lookup means: each needed expert once. host: computed where they are."""
-
-    hits: list[int]
-    copied: list[int]
-    host: list[int]
-    evicted: list[int]
-
-
-def copied_of(lru: LayerLRU, misses: int, split: Split) -> int:
-    """How many of a layer's misses are copied: as the split has it, or what the layer has room for
-    as long as it is not full."""
-    return max(min(misses, lru.capacity - len(lru.resident)), split.copied(misses))
-
-
-def decide(lru: LayerLRU, experts: Sequence[int], split: Split) -> Decision:
-    """Looks up `experts`, in the router's order; what is computed on the host does not enter."""
-    once = list(dict.fromkeys(experts))
-    misses = [e for e in once if e not in lru]
-    copied = misses[: copied_of(lru, len(misses), split)]
-    host = set(misses[len(copied) :])
-    found = lru.lookup([e for e in once if e not in host])
-    return Decision(found.hits, found.misses, misses[len(copied) :], found.evicted)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Experts that can be computed: on the device in these slots, or on the host."""
@@ -103,6 +54,17 @@ class Batch:
         """What is computed from now on waits until they are there."""
         for arrival in self.arrivals:
             arrival.gate()
+
+    def pieces(self, most: int) -> Iterator[Batch]:
+        """It in parts, to be gated one by one: of `most` experts, or of all that are there."""
+        begin, count = 0, len(self.experts)
+        while begin < count:
+            end = min(count, begin + most) if self.arrivals else count
+            while end < count and all(a.landed() for a in self.arrivals[begin : end + 1]):
+                end += 1
+            part = slice(begin, end)
+            yield replace(self, experts=self.experts[part], arrivals=self.arrivals[part])
+            begin = end
 
 
 class UpperCache:
@@ -274,7 +236,7 @@ class UpperCache:
         self, layer: int, misses: list[int], found: Decision, here: Iterator[Batch], *, one: bool
     ) -> Iterator[Batch]:
         """What is missing, and between its first copies and its first batch those that are here."""
-        size, host = self.sizes[layer], set(found.host)
+        size, host, ahead = self.sizes[layer], set(found.host), set(self._ahead)
         evicted = {ExpertKey(layer, e) for e in found.evicted}
         claimed: deque[ExpertKey] = deque()
         # half of the slots that float are computed while the others are filled
@@ -290,7 +252,8 @@ class UpperCache:
         if all(self.below.slot_of(layer, expert) < 0 for expert in misses):
             yield from here  # while they are read
         for landed in self.below.batches(layer, misses):
-            for expert, page in landed:
+            # what was guessed is there sooner than what begins to come now
+            for expert, page in sorted(landed, key=lambda x: ExpertKey(layer, x[0]) not in ahead):
                 if expert in host:
                     continue
                 full = len(claimed) >= most and not one
@@ -366,26 +329,3 @@ class UpperCache:
         slot, _ = self._ahead.pop(key)
         self._free[self.sizes[key.layer]].append(slot)
         self._wasted += 1
-
-
-def replay_tiers(
-    trace: Iterable[tuple[int, Sequence[int]]],
-    upper: Mapping[int, int],
-    below: Mapping[int, int],
-    split: Split = ALL_COPIED,
-) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(hits, misses) on the device and in memory of a trace of (layer, a token's experts), under
-    quotas {layer: experts kept} of both."""
-    device = {layer: LayerLRU(quota) for layer, quota in upper.items()}
-    memory = {layer: LayerLRU(quota) for layer, quota in below.items()}
-    counts = [0, 0, 0, 0]
-    for layer, experts in trace:
-        found = decide(device[layer], experts, split)
-        missed = [*found.copied, *found.host]
-        counts[0] += len(found.hits)
-        counts[1] += len(missed)
-        if missed:
-            again = memory[layer].lookup(missed)
-            counts[2] += len(again.hits)
-            counts[3] += len(again.misses)
-    return (counts[0], counts[1]), (counts[2], counts[3])

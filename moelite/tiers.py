@@ -26,7 +26,7 @@ from math import comb, inf
 from typing import Literal, NamedTuple
 
 from moelite.budget import Footprint, Sizes, floating_slots
-from moelite.cache.upper import Split
+from moelite.cache.split import Split
 from moelite.forecast import (
     Basis,
     Decode,

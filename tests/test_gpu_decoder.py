@@ -139,7 +139,7 @@ def test_little_memory_below_changes_nothing(store: Path) -> None:
 def test_counters_of_both_tiers_are_those_of_a_replay(
     store: Path, miss: str, lookahead: str
 ) -> None:
-    from moelite.cache.upper import ALL_COPIED, NONE_COPIED
+    from moelite.cache.split import ALL_COPIED, NONE_COPIED
 
     for budget in [*budgets(store)][1:]:
         told: list[tuple[int, list[int]]] = []

@@ -19,9 +19,11 @@ from moelite.gpu.device import Device, Link  # noqa: E402
 from moelite.gpu.host import HostExperts  # noqa: E402
 
 pytestmark = pytest.mark.parity
-# `python tests/link_overlap.py` on a quiet machine: at most 1.11 for a prompt, and lookahead 1.2
-# to 1.6 times as fast (docs/log/gpu.md). Other programs run beside these tests.
-OVER, GAIN = 1.3, 1.08
+# `python tests/link_overlap.py` on a quiet machine: docs/log/gpu.md. Other programs run beside
+# these tests, so bounds are loose and the best of some tries counts; what is computed beside which
+# copy tests/test_gpu_streams.py knows exactly.
+TRIES = 3
+CHUNK_OVER, TOKEN_OVER, GAIN = 1.2, 1.5, 1.02
 
 
 @pytest.fixture(scope="module")
@@ -48,17 +50,44 @@ def test_a_simulated_link_keeps_its_pace() -> None:
     assert torch.equal(to[:15000], source[:15000])
 
 
-@pytest.mark.parametrize("share", [0.5, 2.0])
+@pytest.mark.parametrize("share", [0.5, 0.9, 2.0])
 def test_a_prompt_takes_as_long_as_the_longer_of_copies_and_computing(
     store: Path, share: float
 ) -> None:
-    assert min(link_overlap.prompt(store, share).over for _ in range(2)) < OVER
+    assert any(link_overlap.prompt(store, share).over < CHUNK_OVER for _ in range(TRIES))
+
+
+@pytest.mark.parametrize("recall", [1.0, 0.78])
+def test_a_token_whose_experts_were_guessed_takes_as_long_as_the_longer(
+    store: Path, recall: float
+) -> None:
+    tries = (link_overlap.token(store, 1.0, "on", recall) for _ in range(TRIES))
+    assert any(seen.over < TOKEN_OVER for seen in tries)
 
 
 def test_lookahead_hides_copies_behind_the_layer_before(store: Path) -> None:
-    off, on = (link_overlap.token(store, 1.0, lookahead) for lookahead in ("off", "on"))
-    assert off.over > 1.5  # what a layer misses is known only then
-    assert on.step * GAIN < off.step
+    def faster() -> bool:
+        off, on = (link_overlap.token(store, 1.0, lookahead, 1.0) for lookahead in ("off", "on"))
+        assert on.recall == 1.0
+        assert off.recall is None
+        return on.step * GAIN < off.step
+
+    assert any(faster() for _ in range(TRIES))
+
+
+def test_a_simulated_link_rests_only_where_nothing_is_asked_for() -> None:
+    """Copies asked for at once take what their bytes take, however late its thread wakes up."""
+    device = Device("torch:cpu", 1 << 20, Link(1e6))
+    source, to = torch.zeros(40_000, dtype=torch.uint8), torch.zeros(40_000, dtype=torch.uint8)
+    copies = [
+        device.copies.start(to[i : i + 1000], source[i : i + 1000]) for i in range(0, 40_000, 1000)
+    ]
+    copies[-1].wait()
+    device.close()
+    free = 0.0
+    for copy in copies:
+        free = max(free, copy.asked) + 1e-3
+        assert copy.at == pytest.approx(free, abs=1e-9)
 
 
 def seconds(store: Path, miss: str, link: Link) -> tuple[float, Any]:
@@ -79,11 +108,11 @@ def seconds(store: Path, miss: str, link: Link) -> tuple[float, Any]:
         return float(np.median(times)), split
 
 
-@pytest.mark.parametrize(("bytes_s", "faster"), [(2e6, "cpu"), (2e10, "copy")])
+@pytest.mark.parametrize(("bytes_s", "faster"), [(6e6, "cpu"), (2e10, "copy")])
 def test_misses_go_where_they_are_ready_sooner(
     store: Path, bytes_s: float, faster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record of 16 KiB takes 8 ms over the one link, next to nothing over the other, and 3 ms on
+    """A record of 48 KiB takes 8 ms over the one link, next to nothing over the other, and 3 ms on
     a CPU that is made to be slow."""
     compute = HostExperts.compute
 

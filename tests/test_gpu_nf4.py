@@ -277,7 +277,7 @@ def chosen(
     monkeypatch.setattr(bnb_products, "best", lambda device, work: work() or next(left))
     monkeypatch.setattr(bnb_products, "captured", lambda device, work: work)
     monkeypatch.setattr(bnb_products, "launch_seconds", lambda device: 1e-5)
-    with moelite.load(store, **ON, vram="1GiB") as model:
+    with moelite.load(store, ram="1GiB", context=64) as model:
         arch, layers, dense = model.arch, model.store.layers, model.sizes.dense
     plan: Any = SimpleNamespace(parts=[SimpleNamespace(bytes=1 << 20)], experts_resident=resident)
     found = choose(below(gpu_checks.CPU), device, arch, layers, dense, plan)  # type: ignore[arg-type]

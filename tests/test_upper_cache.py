@@ -11,7 +11,8 @@ import pytest
 
 from moelite.cache import ExpertCache, Split, UpperCache, allocate_arena, replay_tiers
 from moelite.cache.lru import LayerLRU
-from moelite.cache.upper import ALL_COPIED, NONE_COPIED, decide
+from moelite.cache.split import ALL_COPIED, NONE_COPIED, decide
+from moelite.cache.upper import Batch
 from moelite.errors import StoreError
 from moelite.quant.base import PAGE
 from moelite.store import ExpertKey
@@ -183,6 +184,39 @@ def test_a_copy_is_through_before_its_source_is_overwritten() -> None:
         assert all(copy.done for copy in both.copies[:-3])
 
 
+def test_what_was_guessed_is_handed_out_before_what_was_not() -> None:
+    with tiers(0, EXPERTS, floating=8) as both:
+        both.use(0, [1, 2, 3])  # memory has them
+        both.upper.prefetch(0, [3, 2])
+        assert both.use(0, [1, 2, 3])[0] == [2, 3, 1]
+        assert both.upper.stats.late == 2
+
+
+def test_what_has_landed_is_computed_at_once_and_the_rest_piece_by_piece() -> None:
+    def made(landed: list[bool], most: int) -> list[int]:
+        copies = [Copy(lambda: None) for _ in landed]
+        for copy, done in zip(copies, landed, strict=True):
+            copy.done = done
+        batch = Batch(experts=[(e, 9 * e) for e in range(len(landed))], arrivals=copies)
+        sizes, at = [], 0
+        for piece in batch.pieces(most):
+            assert piece.experts == batch.experts[at : at + len(piece.experts)]
+            piece.gate()
+            at += len(piece.experts)
+            assert [copy.gated for copy in copies] == [True] * at + [False] * (len(copies) - at)
+            sizes.append(len(piece.experts))
+        assert at == len(copies)
+        return sizes
+
+    assert made([False] * 5, 1) == [1, 1, 1, 1, 1]
+    assert made([False] * 5, 2) == [2, 2, 1]
+    assert made([False] * 5, 9) == [5]
+    assert made([True] * 5, 1) == [5]
+    assert made([True, True, False, True, False], 1) == [2, 1, 1, 1]
+    residents = Batch(experts=[(1, 0), (2, 1)], host=True)
+    assert [*residents.pieces(1)] == [residents]
+
+
 def test_bases_tell_where_experts_are() -> None:
     with tiers(2, 4) as both:
         both.use(1, [3, 4])
@@ -199,6 +233,19 @@ def test_bases_tell_where_experts_are() -> None:
         both.upper.divide({PAGE: 6}, dict.fromkeys(range(LAYERS), 1))
         assert all((bases == -1).all() for bases in both.upper.bases.values())
         assert both.use(1, [5])[0] == [5]
+
+
+def test_slots_of_guesses_are_taken_where_no_other_is_free() -> None:
+    with tiers(0, EXPERTS, floating=3) as both:
+        both.use(0, [1, 2, 3])
+        both.use(1, [1, 2, 3])  # memory has them
+        both.upper.prefetch(1, [1, 2])
+        assert both.upper.slot_of(1, 1) == -1  # on its way, not used yet
+        assert both.use(0, [1, 2, 3])[0] == [1, 2, 3]
+        assert both.upper.stats.wasted == 2
+        both.upper.prefetch(1, [1])
+        both.upper.touch(1, [])
+        assert both.upper.stats.wasted == 3  # that layer has been through
 
 
 def test_after_a_read_that_failed_the_caches_hold_what_arrived() -> None:

@@ -70,6 +70,7 @@ class DeviceDecoder:
         self._tokens, self._logits_of = 0, -1
         self._logits = np.zeros(arch.vocab_size, np.float32)
         self._guess: list[int] = []
+        self._wide = 0  # tokens of the last chunk, if it used nearly all of the first MoE layer
         self._seconds = 0.0
         moes, top_k = arch.moe_layers, floating_slots(arch)
         self._ones = device.zeros((chunk, 1), torch.float32).fill_(1)
@@ -119,6 +120,9 @@ class DeviceDecoder:
         x = self._x[: len(ids)]
         x.copy_(self._rows(self._place(ids, start)))
         self._guess = []
+        if 0 < self._wide <= len(ids):
+            first = self.arch.moe_layers[0]  # fetched unseen, while what comes before is computed
+            self._ahead(first - 1, self._nearly_all(first, None))
         for i in range(len(self._layers)):
             self._attention(i, x, start)
             self._feed_forward(i, x, start, guessing=guessing)
@@ -303,16 +307,15 @@ class DeviceDecoder:
         following = self._next_guess(layer, x) if guessing else None
         wanted = selected if following is None else torch.cat([selected, following])
         ids = wanted.cpu().numpy().astype(np.int32)  # here the host waits for the device
-        if following is not None:
-            ids, ahead = ids[:1], ids[1].tolist()
-        else:
-            ahead = []
+        ids, ahead = ids[:tokens], ids[tokens:].reshape(-1).tolist()
         self._tell(layer, ids)
         if tokens == 1:
             self._experts.one(layer, ids[0].tolist(), inputs, lambda: self._ahead(layer, ahead))
         else:
             used = np.unique(ids).size
             ahead = self._nearly_all(layer + 1, used)
+            if layer == self.arch.moe_layers[0]:
+                self._wide = tokens if self._nearly_all(layer, used) else 0
             self._experts.many(layer, ids, inputs, lambda: self._ahead(layer, ahead))
         self._guess = ahead
 
@@ -333,9 +336,10 @@ class DeviceDecoder:
         normed = self._normed(x, found.post_norm, found.router.format)
         return route(mlp.router, self._linear(found.router, normed))[0]
 
-    def _nearly_all(self, layer: int, used: int) -> list[int]:
+    def _nearly_all(self, layer: int, used: int | None) -> list[int]:
+        # a layer's experts, if a chunk that used `used` of a layer will use nearly all of them
         mlp = self.arch.layers[layer].mlp if layer < len(self.arch.layers) else None
-        if isinstance(mlp, MoE) and used >= _NEARLY * mlp.num_experts:
+        if isinstance(mlp, MoE) and (used is None or used >= _NEARLY * mlp.num_experts):
             return list(range(mlp.num_experts))
         return []
 

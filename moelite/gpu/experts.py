@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Protocol
@@ -13,6 +14,7 @@ from moelite.cache.upper import UpperCache
 from moelite.gpu.device import Device, timed
 from moelite.gpu.host import HostExperts
 from moelite.gpu.products import Kernels
+from moelite.quant import FORMATS
 from moelite.quant.base import PAGE
 from moelite.storefile import LayerEntry
 from moelite.words import I32
@@ -62,6 +64,7 @@ class DeviceExperts:
         # kernels that are not blind read where experts lie on the host
         self._places_at = where if kernels.blind else torch.device("cpu")
         self._fresh: dict[int, int] = {}  # {slot: layer} of copies that no kernel has seen yet
+        self.piece = longest  # see set_piece
 
     def sent(self, layer: int, slot: int) -> None:
         """A copy into this slot has begun: what comes there lies as in a record."""
@@ -75,12 +78,13 @@ class DeviceExperts:
         with closing(self.cache.batches(layer, wanted, one=True)) as batches:  # if one fails, too
             for batch in batches:
                 between()
-                batch.gate()
-                if not batch.host:
-                    self._settle(layer, batch.experts)
-                ranked = [(ranks[e], e, page) for e, page in batch.experts]
-                compute = self._from_host if batch.host else self._one
-                compute(layer, ranked, inputs)
+                for piece in batch.pieces(self.piece):
+                    piece.gate()
+                    if not piece.host:
+                        self._settle(layer, piece.experts)
+                    ranked = [(ranks[e], e, page) for e, page in piece.experts]
+                    compute = self._from_host if piece.host else self._one
+                    compute(layer, ranked, inputs)
 
     def table(self) -> None:
         """Tells the device where experts are, before it looks for them itself."""
@@ -142,6 +146,28 @@ class DeviceExperts:
         seconds = min(timed(self._device, work) for _ in range(_PROBES))
         return slots * layout.payload_bytes / max(seconds, 1e-9)
 
+    def set_piece(self, layer: int, count: int) -> None:
+        """How many of a token's experts that come are computed at once: so many that computing them
+        takes as long as asking for it, or splitting gains nothing. On a card that will be all of
+        them (assumed: 10 us an expert, 100 us to launch its kernels); where experts take longer,
+        each by itself beside the copies of the others.
+
+        count: of experts to try it with, whatever lies in the first slots.
+        """
+        entry, inputs = self._layers[layer], _Same(self._kernels, self.parts.shape[1])
+        ranked = [(i, 0, i * entry.slot_bytes // PAGE) for i in range(count)]
+        if not all(FORMATS[fmt].exact for fmt in entry.tiers[entry.tier_of[0]].formats):
+            return  # what lies there is no matrix of a format whose codes tell where rows are
+
+        def seconds(n: int) -> float:
+            return min(
+                timed(self._device, lambda: self._one(layer, ranked[:n], inputs)) for _ in range(3)
+            )
+
+        seconds(1)  # what is set up at first use
+        one, each = seconds(1), max(1e-9, (seconds(count) - seconds(1)) / max(1, count - 1))
+        self.piece = max(1, min(count, math.ceil((one - each) / each)))
+
     def many(self, layer: int, ids: I32, inputs: Inputs, between: Callable[[], None]) -> None:
         """A chunk's experts ids [T, K]: each is computed once, for all its tokens."""
         flat, top_k = ids.reshape(-1), ids.shape[1]
@@ -153,11 +179,12 @@ class DeviceExperts:
         with closing(self.cache.batches(layer, found.tolist(), one=False)) as batches:
             for batch in batches:
                 between()
-                batch.gate()
-                self._settle(layer, batch.experts)
-                for expert, page in batch.experts:
-                    start, end = runs[expert]
-                    self._many(layer, expert, page, positions[start:end], top_k, inputs)
+                for piece in batch.pieces(1):  # the first is computed while the others come
+                    piece.gate()
+                    self._settle(layer, piece.experts)
+                    for expert, page in piece.experts:
+                        start, end = runs[expert]
+                        self._many(layer, expert, page, positions[start:end], top_k, inputs)
 
     def _one(self, layer: int, ranked: Sequence[tuple[int, int, int]], inputs: Inputs) -> None:
         entry, k = self._layers[layer], self._kernels
@@ -207,3 +234,15 @@ class DeviceExperts:
         room.copy_(torch.tensor(ranks + bases))
         sent = room.to(self._device.torch, non_blocking=True)
         return sent[: len(ranks)], sent[len(ranks) :]
+
+
+class _Same:
+    """Inputs for a probe: ones."""
+
+    def __init__(self, kernels: Kernels, cols: int) -> None:
+        self._kernels = kernels
+        self._x = torch.ones((1, cols), device=kernels.device)
+
+    def of(self, fmt: str) -> torch.Tensor:
+        """[1, cols] float32."""
+        return self._kernels.rounded(fmt, self._x)

@@ -15,7 +15,8 @@ from moelite.arch import Arch
 from moelite.attention import KVFormat
 from moelite.budget import Footprint, Sizes, floating_slots, refuse, slot_counts
 from moelite.cache import CacheStats, UpperCache
-from moelite.cache.upper import ALL_COPIED, NONE_COPIED, Arrival, Split
+from moelite.cache.split import ALL_COPIED, NONE_COPIED, Split
+from moelite.cache.upper import Arrival
 from moelite.drive import DriveSpeed
 from moelite.engine import Model
 from moelite.forecast import Forecast, Hits, Rate, Speeds, around
@@ -110,6 +111,9 @@ class DeviceModel(Model):
         self._on_device, self.upper = device_experts, upper
         self.miss: Miss = miss
         upper.split = self._split(miss)
+        first = self.arch.moe_layers[0]
+        slots = self._arena.numel() // store.layers[first].slot_bytes
+        device_experts.set_piece(first, min(slots, top_k))
         decoder = DeviceDecoder(
             self.arch, weights, device, kernels, device_experts, keys, plan.chunk
         )
