@@ -56,14 +56,16 @@ class CachedReads:
         if not found:
             return done
         parts = -(-max(place.nbytes for _, _, place in found) // READ_PART)
-        table = np.zeros(len(found) * (READ_WORDS + 2 * parts), np.int64)
-        rows = table[: len(found) * READ_WORDS].reshape(-1, READ_WORDS)
-        for row, (_, reading, place) in zip(rows, found, strict=True):
-            row[:4] = place.file, place.offset, reading.view.ctypes.data, place.nbytes
+        rows: list[int] = []
+        for _, reading, place in found:
+            rows += place.file, place.offset, reading.view.ctypes.data, place.nbytes, 0
+        table = np.empty(len(rows) + 2 * parts * len(found), np.int64)
+        table[: len(rows)] = rows
         job = [self._system, os.RWF_NOWAIT, len(found), parts]
         words = [READS, self._program, table.ctypes.data, table.size, *job]
         self._team.run(words, 1, table, alone=len(found) * parts <= _ALONE)
-        for (i, reading, place), failed in zip(found, rows[:, READ_FAILED].tolist(), strict=True):
-            if not failed:
+        failed = table[READ_FAILED : len(rows) : READ_WORDS].tolist()
+        for (i, reading, place), missing in zip(found, failed, strict=True):
+            if not missing:
                 reading.nbytes, done[i] = place.nbytes, True
         return done

@@ -15,11 +15,10 @@ from moelite.step import JOB_WORDS, work
 from moelite.sync import RING, slot_of, sync_size
 
 # Between two jobs the caller spends 10 to 60 microseconds in Python, between two tokens up to some
-# hundred, and waits a millisecond or more for a record from the drive. A helper polls for about
-# that long, 1 to 2 ms, before it sleeps: waking a sleeping thread takes 20 to 100 microseconds, and
-# on a core that went idle longer still. With a fifth of it, decoding from the drive was 5 to 8 %
-# slower (docs/LOG.md).
-_POLLS = 50_000
+# hundred. A helper polls for about that long before it sleeps: waking a sleeping thread takes 20 to
+# 100, and it needs the interpreter for it. Polling through a read from the drive, five times as
+# long, saved 2 of 105 ms a token and cost 30 of CPU time (docs/LOG.md).
+_POLLS = 10_000
 
 
 def default_threads() -> int:
