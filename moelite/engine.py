@@ -120,7 +120,7 @@ class Model:
         self.store, self.arch, self.footprint = store, arch, footprint
         self.drive = drive  # None: every expert fits in memory, so nobody asked
         self.context, self.kv_format = footprint.context, kv
-        self.on_miss = "wait"
+        self.on_miss, self.forced = "wait", False  # forced: routes are given, see force_routes
         self._session: Session | None = None
         self._tokenizer: Tokenizer | None = None
         if "tokenizer.json" in store.manifest.files:
@@ -187,7 +187,7 @@ class Model:
             moes = [x.mlp for x in self.arch.layers if isinstance(x.mlp, MoE)]
             experts, top_k = min(m.num_experts for m in moes), moes[0].router.top_k
             check_routes(routes, layers=len(moes), experts=experts, top_k=top_k)
-        self._decoder.routes = routes
+        self._decoder.routes, self.forced = routes, routes is not None
 
     def stats(self) -> CacheStats:
         """Expert cache counters since the model was loaded."""

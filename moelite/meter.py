@@ -29,6 +29,8 @@ class Metered(Protocol):
     def lookahead(self) -> Lookahead: ...
     @property
     def store(self) -> Any: ...
+    @property
+    def forced(self) -> bool: ...
     def stats(self) -> CacheStats: ...
     def part_seconds(self) -> dict[str, float]: ...
 
@@ -69,7 +71,7 @@ class Meter:
         cached = not self._model.store.direct and reads.read_s < _HARDLY * decode.compute_s
         sample = sample_of(self._fingerprint, work, chunk, prefill, decode, cached=cached)
         ahead = self._model.lookahead
-        if ahead.guessed >= _LEAST_GUESSED:
+        if ahead.guessed >= _LEAST_GUESSED and not self._model.forced:
             sample = replace(sample, recall=ahead.recall)
         if self._model.store.direct and reads.bytes_read >= _LEAST_READ:
             sample = replace(sample, drive_bytes_s=reads.read_bytes_s, at=time.time())
