@@ -86,13 +86,6 @@ def test_a_damaged_file_is_as_none_and_is_written_anew(tmp_path: Path, text: str
     assert load_samples(tmp_path, HERE) == []
     record(tmp_path, HERE, Sample(model="a", weight_bytes_s=2e9))
     assert len(load_samples(tmp_path, HERE)) == 1
-    model.forced = True  # guesses of experts that no router chose
-    watch = Meter(model, "print", tmp_path)
-    watch.first_token()
-    spent.clock, spent.parts = 9.0, 7.0
-    watch.done(100, 64, 20)
-    assert load_samples(tmp_path, HERE)[-1].weight_bytes_s is not None
-    assert load_samples(tmp_path, HERE)[-1].recall is None
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1e300, True, "2e9", None, [1]])
@@ -197,6 +190,13 @@ def test_the_meter_tells_prompt_and_answer_apart(tmp_path: Path, monkeypatch) ->
     assert positions == [110]
     Meter(model, "print", tmp_path).done(100, 64, 20)  # no token came
     assert len(load_samples(tmp_path, HERE)) == 1
+    model.forced = True  # guesses of experts that no router chose
+    watch = Meter(model, "print", tmp_path)
+    watch.first_token()
+    spent.clock, spent.parts = 9.0, 7.0
+    watch.done(100, 64, 20)
+    assert load_samples(tmp_path, HERE)[-1].weight_bytes_s is not None
+    assert load_samples(tmp_path, HERE)[-1].recall is None
 
 
 def test_the_probe_of_memory_is_quick_and_sane() -> None:
