@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +264,23 @@ def test_a_drive_is_measured_once_and_its_speed_again(
     again = drive.drive_speed(folder, 1 << 18)
     assert (again.direct, again.depth) == (found.direct, found.depth)
     assert again.bytes_s != found.bytes_s
+
+
+@pytest.mark.parametrize(("seen", "told"), [([3e8, 9e8], 9e8), ([3e8, 2e8], 3e8), ([6e8], 6e8)])
+def test_a_stall_is_no_slow_drive(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seen: list[float], told: float
+) -> None:
+    """A drive that gave 1 GB/s is asked once more where it seems to give less than half."""
+    file = tmp_path / "file"
+    file.write_bytes(os.urandom(1 << 20))
+    known = drive.DriveSpeed(direct=True, depth=4, bytes_s=1e9, cached_bytes_s=1e10)
+    monkeypatch.setattr(drive._Trial, "choose", lambda self: known)
+    drive.drive_speed(file, 1 << 16)
+    left = iter(seen)
+    monkeypatch.setattr(drive._Trial, "again", lambda self, was: replace(was, bytes_s=next(left)))
+    monkeypatch.setattr(drive, "_FRESH_S", -1.0)
+    assert drive.drive_speed(file, 1 << 16).bytes_s == told
+    assert next(left, None) is None
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"x": 3}', "\0"])
