@@ -10,9 +10,9 @@ where c is the time to multiply by one expert and s the time to handle one miss.
 behind the experts of the same layer that are in memory, and behind nothing else: not behind the
 next layer's attention, and not behind the missed experts themselves, which may all land last.
 
-With lookahead the drive never rests, but what was guessed wrong is read in vain: a token takes as
-long as its reads, of which a share 1 - recall comes on top, or as its computing, whichever is
-longer. A run keeps the faster way, and so does the forecast.
+With lookahead a layer's reads begin a layer earlier, so they hide behind one layer's computing and
+handling, whatever these are of; what was guessed wrong, a share 1 - recall, is read in vain. A run
+keeps the faster way, and so does the forecast.
 """
 
 from __future__ import annotations
@@ -221,11 +221,14 @@ class _Costs(NamedTuple):
     miss_s: float
 
 
-def _layer_wait(k: int, hit: float, costs: _Costs) -> float:
-    """Expected seconds that reads of one layer outlast what hides them; misses are independent."""
+def _layer_wait(k: int, hit: float, costs: _Costs, ahead_s: float | None) -> float:
+    """Expected seconds that reads of one layer outlast what hides them; misses are independent.
+
+    ahead_s: what hides them where they were begun in the layer before; None: they were not.
+    """
     total = 0.0
     for m in range(1, k + 1):
-        hidden = (k - m) * costs.expert_s + m * costs.miss_s
+        hidden = (k - m) * costs.expert_s + m * costs.miss_s if ahead_s is None else ahead_s
         chance = comb(k, m) * (1 - hit) ** m * hit ** (k - m)
         total += chance * max(0.0, m * costs.read_s - hidden)
     return total
@@ -247,17 +250,15 @@ def decode(work: Work, quotas: Sequence[int], hit: HitRate, speeds: Speeds, side
     misses = sum(k * (1 - rate) for (_, k), rate in zip(work.moe, rates, strict=True))
     weights /= slowed(misses, used) if speeds.beside else 1.0
     costs = _Costs(work.expert_bytes / weights, work.record_bytes / drive, speeds.miss_s)
-    wait = 0.0
-    for (experts, k, quota), count in Counter(
-        (experts, k, quota) for (experts, k), quota in zip(work.moe, quotas, strict=True)
-    ).items():
-        rate = layer_hit_rate(hit, experts, quota)
-        wait += count * _layer_wait(k, rate, costs)
+    alike = Counter(zip((k for _, k in work.moe), rates, strict=True))
+    wait = sum(n * _layer_wait(k, rate, costs, None) for (k, rate), n in alike.items())
     compute = work.dense_bytes / weights + used * costs.expert_s + work.layers * speeds.layer_s
     handling = misses * speeds.miss_s
     if speeds.recall is not None:
-        ahead = misses * costs.read_s * (2 - speeds.recall.at(side))
-        wait = min(wait, max(0.0, ahead - compute - handling))
+        costs = costs._replace(read_s=costs.read_s * (2 - speeds.recall.at(side)))
+        layer_s = (compute + handling) / max(1, len(work.moe))
+        ahead = sum(n * _layer_wait(k, rate, costs, layer_s) for (k, rate), n in alike.items())
+        wait = min(wait, ahead)
     return Decode(compute_s=compute, handling_s=handling, wait_s=wait, misses=misses)
 
 

@@ -109,17 +109,19 @@ def test_reads_hide_behind_the_experts_of_their_own_layer_only() -> None:
     assert decode(large, (2, 2), lambda share: 0.5, fast, "likely").wait_s == token.wait_s
 
 
-def test_with_lookahead_a_token_takes_as_long_as_its_reads_or_its_computing() -> None:
-    """2 misses of 4 ms, computing and handling 6 ms: recall 1 leaves 2 ms, recall 3/4 4 ms; with
-    recall 0 reading twice as much is slower than without lookahead."""
+def test_with_lookahead_reads_hide_behind_the_layer_before() -> None:
+    """A layer takes 3 ms to compute and handle, and has 0, 1, 2 misses of 4 ms with chances 1/4,
+    1/2, 1/4. All guesses right: 1 and 5 ms are left. 3/4 right: a miss takes 5 ms, 2 and 7 remain.
+    None right: reading twice as much is slower than without."""
+    here = replace(SPEEDS, layer_s=0.0)
 
     def wait(recall: float) -> float:
-        seen = replace(SPEEDS, recall=around(recall, 0, "exact"))
+        seen = replace(here, recall=around(recall, 0, "exact"))
         return decode(WORK, (2, 2), lambda share: 0.5, seen, "likely").wait_s
 
-    assert wait(1) == pytest.approx(0.002 - 2 * LAYER_S)
-    assert wait(0.75) == pytest.approx(0.004 - 2 * LAYER_S)
-    assert wait(0) == decode(WORK, (2, 2), lambda share: 0.5, SPEEDS, "likely").wait_s
+    assert wait(1) == pytest.approx(2 * (0.5 * 0.001 + 0.25 * 0.005))
+    assert wait(0.75) == pytest.approx(2 * (0.5 * 0.002 + 0.25 * 0.007))
+    assert wait(0) == decode(WORK, (2, 2), lambda share: 0.5, here, "likely").wait_s
     quick = replace(SPEEDS, drive_bytes_s=around(1e12, 0, "exact"), recall=around(0.9, 0, "exact"))
     assert decode(WORK, (2, 2), lambda share: 0.5, quick, "likely").wait_s == 0
 

@@ -25,7 +25,7 @@ torch = pytest.importorskip("torch")
 
 from moelite.arch import GatedMLP, Norm  # noqa: E402
 from moelite.gpu import probe as probe_file  # noqa: E402
-from moelite.gpu import products  # noqa: E402
+from moelite.gpu import unpack as unpack_file  # noqa: E402
 from moelite.gpu.device import Device  # noqa: E402
 from moelite.gpu.layers import RopeTables, rotated  # noqa: E402
 from moelite.gpu.plan import refuse_device  # noqa: E402
@@ -33,6 +33,7 @@ from moelite.gpu.products import HostKernels, Kernels, kernels_for  # noqa: E402
 from moelite.gpu.weights import Weights  # noqa: E402
 
 pytestmark = pytest.mark.parity
+KERNELS = HostKernels(torch.device("cpu"))
 ON: dict[str, Any] = {"ram": "1GiB", "context": 64, "threads": 1, "device": "torch:cpu"}
 
 
@@ -82,13 +83,13 @@ def test_a_large_matrix_is_unpacked_in_strips(name: str, monkeypatch: pytest.Mon
             seen.append(rows)
             return super().unpack(fmt, packed, base, rows, cols)
 
-    monkeypatch.setattr(products, "SCRATCH_BYTES", 4 * shape[1] * 30)
+    monkeypatch.setattr(unpack_file, "SCRATCH_BYTES", 4 * shape[1] * 30)
     gpu_checks.check_product(Counted(torch.device("cpu")), name, packed, shape, x)
     assert seen == [24, 24, 24, 3]
 
 
 def test_weights_of_unlike_formats_are_not_one_pair(model: Any) -> None:
-    weights = Weights(model.store, model.arch, Device("torch:cpu", GIB))
+    weights = Weights(model.store, model.arch, Device("torch:cpu", GIB), KERNELS)
     parts = model.arch.layers[0].attention.q, model.arch.head
     weights._store = SimpleNamespace(dense_entry=lambda key: SimpleNamespace(format=key))
     with pytest.raises(UnsupportedError, match="differ in format"):
@@ -98,12 +99,12 @@ def test_weights_of_unlike_formats_are_not_one_pair(model: Any) -> None:
 def test_what_a_norm_adds_is_in_its_weight(model: Any) -> None:
     norm = model.arch.norm
     plain, moved = (
-        Weights(model.store, model.arch, Device("torch:cpu", GIB)).norm(n)
+        Weights(model.store, model.arch, Device("torch:cpu", GIB), KERNELS).norm(n)
         for n in (norm, replace(norm, offset=1.0))
     )
     assert torch.equal(moved.weight, plain.weight + 1)
     bare = Norm(weight=None, size=64, eps=1e-5)
-    found = Weights(model.store, model.arch, Device("torch:cpu", GIB)).norm(bare)
+    found = Weights(model.store, model.arch, Device("torch:cpu", GIB), KERNELS).norm(bare)
     assert found is not None
     assert found.weight is None
 
@@ -226,3 +227,17 @@ def test_verdict_and_advice_name_the_budget_that_helps(model: Any) -> None:
     odd = replace(found, fits=False)
     assert "NO, it does not fit. The least" in str(verdict(odd, plan))
     assert advice(found, replace(plan, experts_resident=found.experts_total)) == []
+
+
+@pytest.mark.parametrize("fmt", ["qmoe", "vq-1"])
+def test_a_forecast_right_after_loading_needs_no_expert_there(store: Path, fmt: str) -> None:
+    """Codes of qmoe tell where rows are, and slots that hold no expert yet hold no such codes."""
+    made = store.parent / fmt
+    moelite.quantize(store.parent / "c", made, experts=fmt, dense="int8")
+    with moelite.load(made, **ON, vram="1GiB") as loaded:
+        assert loaded.forecast().decode_tok_s.likely > 0
+        before = loaded.forward([1, 2, 3]).copy()
+        assert loaded.forecast().decode_tok_s.likely > 0
+        np.testing.assert_array_equal(loaded.forward([1, 2, 3]), before)
+    done = CliRunner().invoke(app, ["footprint", str(made), "--device", "torch:cpu"])
+    assert done.exit_code == 0, done.output

@@ -30,12 +30,14 @@ from moelite.gpu.kv import DeviceKV
 from moelite.gpu.plan import DevicePlan, plan_both, plan_device, refuse_device
 from moelite.gpu.probe import launch_seconds, macs_speed, read_speed
 from moelite.gpu.products import kernels_for
-from moelite.gpu.speeds import DeviceSpeeds
+from moelite.gpu.speeds import MEMORY_SHARE, DeviceSpeeds, share_of
 from moelite.gpu.weights import Weights
 from moelite.lookahead import Choice, Lookahead
 from moelite.outlook import PROMPT_TOKENS, speeds_here, usual_hits
+from moelite.quant import FORMATS
 from moelite.quant.base import PAGE
 from moelite.store import Store
+from moelite.storefile import LayerEntry
 from moelite.tiers import device_outlook
 from moelite.units import show_bytes
 
@@ -241,6 +243,12 @@ class DeviceModel(Model):
         slots = min(self.experts_used, self._arena.numel() // entry.slot_bytes)
         return self._on_device.speed(entry, slots)
 
+    def _weight_rate(self, entry: LayerEntry) -> Rate:
+        if all(FORMATS[fmt].exact for fmt in entry.formats):
+            return around(self.weight_speed(), 0.3, "measured")
+        # codes that tell where rows are cannot be multiplied by before an expert is there
+        return share_of(around(self.memory_speed(), 0.0, "estimated"), MEMORY_SHARE)
+
     def forecast(
         self,
         hits: Hits | None = None,
@@ -271,7 +279,7 @@ class DeviceModel(Model):
         macs = macs_speed(self.device)
         return DeviceSpeeds(
             cpu=cpu,
-            weight_bytes_s=around(self.weight_speed(), 0.3, "measured"),
+            weight_bytes_s=self._weight_rate(entry),
             link_bytes_s=around(entry.slot_bytes / split.copy_s, 0.25, "measured"),
             prefill_macs_s=Rate(0.1 * macs, 0.4 * macs, 0.8 * macs, "estimated"),
             launch_s=launch_seconds(self.device),

@@ -48,7 +48,7 @@ def probe(name: str, fmt: str) -> Seen:
 
 def _weight_speed(device: Device, fmt: str) -> float | None:
     kernels = kernels_for(device.torch)
-    if device.streamed:
+    if device.streamed or not FORMATS[fmt].exact:  # whose codes tell where rows are
         return None
     size = FORMATS[fmt].nbytes(_ROWS, _ROWS)
     packed = torch.zeros(size, dtype=torch.uint8, device=device.torch)  # as good as any numbers

@@ -19,7 +19,7 @@ UNKNOWN_MEMORY = Rate(0.2e12, 0.4e12, 1.0e12, "estimated")
 UNKNOWN_LINK = Rate(10e9, 20e9, 25e9, "estimated")  # 16 lanes of PCIe 4, well and badly used
 UNKNOWN_MACS = Rate(1e12, 5e12, 30e12, "estimated")
 # Shares of what clocks and widths promise that small products and copies reach
-_MEMORY_SHARE, _LINK_SHARE = (0.35, 0.6, 0.85), (0.6, 0.8, 0.9)
+MEMORY_SHARE, _LINK_SHARE = (0.35, 0.6, 0.85), (0.6, 0.8, 0.9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +48,14 @@ def speeds_of(place: Place, cpu: Speeds, fmt: str) -> DeviceSpeeds:
         from moelite.gpu.probe import probe
 
         seen = probe(place.name, fmt.partition(" + ")[0])
-        weights = _shares(around(seen.memory_bytes_s, 0.0, "estimated"), _MEMORY_SHARE)
+        weights = share_of(around(seen.memory_bytes_s, 0.0, "estimated"), MEMORY_SHARE)
         if seen.weight_bytes_s is not None:
             weights = around(seen.weight_bytes_s, 0.4, "estimated")
         return DeviceSpeeds(
             cpu=cpu,
             weight_bytes_s=weights,
             link_bytes_s=around(seen.link_bytes_s, 0.25, "measured"),
-            prefill_macs_s=_shares(around(seen.macs_s, 0.0, "estimated"), (0.1, 0.4, 0.8)),
+            prefill_macs_s=share_of(around(seen.macs_s, 0.0, "estimated"), (0.1, 0.4, 0.8)),
             launch_s=seen.launch_s,
             about="a short look at the device",
         )
@@ -66,19 +66,20 @@ def speeds_of(place: Place, cpu: Speeds, fmt: str) -> DeviceSpeeds:
     else:
         about.append("an unknown card's memory: 0.2 to 1 TB/s")
     if told.link_bytes_s:
-        link = _shares(around(told.link_bytes_s, 0.0, "estimated"), _LINK_SHARE)
+        link = share_of(around(told.link_bytes_s, 0.0, "estimated"), _LINK_SHARE)
         about.append("its slot by lanes")
     else:
         about.append("a slot of 16 lanes of PCIe 4")
     return DeviceSpeeds(
         cpu=cpu,
-        weight_bytes_s=_shares(memory, _MEMORY_SHARE),
+        weight_bytes_s=share_of(memory, MEMORY_SHARE),
         link_bytes_s=link,
         prefill_macs_s=UNKNOWN_MACS,
         about=", ".join(about),
     )
 
 
-def _shares(rate: Rate, shares: tuple[float, float, float]) -> Rate:
+def share_of(rate: Rate, shares: tuple[float, float, float]) -> Rate:
+    """Of each end of a rate and its middle, the share that is usually reached."""
     low, likely, high = shares
     return Rate(low * rate.low, likely * rate.likely, high * rate.high, "estimated")
