@@ -49,7 +49,7 @@ _MISS_S = 0.15e-3  # to handle a miss in Python: 0.09 to 0.2 ms, by the size of 
 RECALL = Rate(0.72, 0.85, 0.96, "estimated")
 _NEARLY_ALL = 0.95  # of the pages looked at
 _PAGES = 128  # looked at to see what the page cache holds
-_DRIVE_S, _ANOTHER = 900.0, 2.5
+_DRIVE_S, _ANOTHER = 900.0, 4.0
 _TOUCH_BYTES = 16 * MIB  # little: a loaded model may hold its whole budget by now
 _PROBE_BYTES, _PROBE_S = 96 * MIB, 0.15
 
