@@ -27,7 +27,7 @@ _NOTES = "drives.json"
 _FRESH_S = 30.0  # a speed younger than this is not measured again
 _LARGE = 1 << 23  # a larger record is read no faster, and its blocks would take the budget
 _FILES = 64  # at most
-_WARM = 1 << 27  # bytes copied from the page cache, at most
+_WARM, _MOST = 1 << 27, 1024  # bytes and records copied from the page cache, at most
 _AHEAD_S = 0.03  # reads in flight before they count
 _TRIAL_S = 0.1
 _QUICK_S = 0.25
@@ -248,7 +248,7 @@ class _Trial:
 
     def _warm(self) -> float:
         # of records read again, more than a processor's own caches hold, on a thread a core
-        count = max(1, min(self._places, _WARM // self._record))
+        count = max(1, min(self._places, _WARM // self._record, _MOST))
         fd, best = open_for_reading(self._files[0], direct=False), 0.0
         team = min(len(self._blocks), os.cpu_count() or 1)
 

@@ -24,7 +24,7 @@ def test_a_budget_is_kept_and_one_below_the_minimum_refused(tmp_path: Path) -> N
     tiny_checkpoint.write_checkpoint(tmp_path / "checkpoint", tiny_checkpoint.QWEN3_MOE)
     (tmp_path / "checkpoint" / "tokenizer.json").unlink()  # a stand-in that nothing can read
     moelite.quantize(tmp_path / "checkpoint", tmp_path / "store", experts="int4", dense="int8")
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "store"), "--ram", "64MiB,400MiB"]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "store"), "--ram", "150MiB,400MiB"]
     command += ["--prompt", "8", "--gen", "4", "--context", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
