@@ -183,9 +183,7 @@ class ExpertCache:
                 return
             key = ExpertKey(layer, expert)
             if key not in self._slot and key not in self._ahead and key not in self._reading:
-                reading = self._ahead[key] = self._begin(key)
-                self._pool.submit(reading, urgent=False)
-                self.asked += 1
+                self._ahead[key] = self._submit(self._begin(key), urgent=False)
 
     def batches(self, layer: int, experts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
         """Yield [(expert, slot)] until every needed expert was handed out once.
@@ -253,6 +251,13 @@ class ExpertCache:
             self.before_read(slot)
         return Reading(key, slot, self.slot_view(key.layer, slot))
 
+    def _submit(self, reading: Reading, *, urgent: bool) -> Reading:
+        # before it is noted anywhere: whoever waits for what is noted would wait for ever for a
+        # read that Ctrl-C kept from being asked for
+        self._pool.submit(reading, urgent=urgent)
+        self.asked += 1
+        return reading
+
     def _claim(self, layer: int, misses: Sequence[ExpertKey]) -> list[ExpertKey]:
         # what was read ahead of these misses: those that have landed. The others wait, for their
         # read or for a slot. Guesses that did not come true are dropped.
@@ -304,9 +309,7 @@ class ExpertCache:
         ready = self._at_once(begun) if self.at_once is not None and begun else []
         for reading in begun:
             if not reading.landed:
-                self._reading[reading.key] = reading
-                self._pool.submit(reading, urgent=True)
-                self.asked += 1
+                self._reading[reading.key] = self._submit(reading, urgent=True)
         return ready
 
     def _at_once(self, begun: Sequence[Reading]) -> list[ExpertKey]:

@@ -41,13 +41,13 @@ class CachedReads:
     it must not be read this way.
     """
 
-    available = bool(_preadv2())
+    _system = _preadv2()
+    available = bool(_system)
 
     def __init__(
         self, program: int, team: Team, place: Callable[[ExpertKey], Place | None]
     ) -> None:
         self._program, self._team, self._place = program, team, place
-        self._system = _preadv2()
 
     def __call__(self, readings: Sequence[Reading]) -> list[bool]:
         """Which of the readings are done; the others' slots hold anything. Sets their bytes."""

@@ -326,3 +326,14 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+
+
+def greedy(model: Any, seed: int) -> list[int]:
+    """Eight greedy tokens after a prompt of six drawn ones."""
+    prompt = np.random.default_rng(seed).integers(3, 100, 6).tolist()
+    session, ids = model.session(), []
+    logits = session.advance(prompt)
+    for _ in range(8):
+        ids.append(int(logits.argmax()))
+        logits = session.advance(ids[-1:])
+    return ids

@@ -373,3 +373,28 @@ def test_a_layer_without_quota_keeps_nothing() -> None:
     assert cache.resident(7) == ()
     check(cache)
     cache.close()
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_read_that_ctrl_c_kept_from_being_asked_for_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, *, ahead: bool
+) -> None:
+    cache = make(Reader(), {0: 1, 1: 1}, floating=4)
+    done: list[int] = []
+
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        begin = cache.prefetch if ahead else lambda *what: use(cache, *what)
+        with pytest.raises(KeyboardInterrupt):
+            begin(1, [2])
+        done.extend(flat(use(cache, 1, [2, 3])))
+
+    monkeypatch.setattr(cache._pool, "submit", interrupted)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert sorted(done) == [2, 3]
+    cache.close()

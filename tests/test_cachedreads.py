@@ -16,7 +16,7 @@ from moelite.cache import replay
 from moelite.cache.reads import Reading
 from moelite.cachedreads import CachedReads
 from moelite.errors import StoreError
-from moelite.step import READ_PART
+from moelite.step import READ_PART, READS
 from moelite.store import ExpertKey, Place
 
 pytestmark = pytest.mark.skipif(not CachedReads.available, reason="no reads that do not wait here")
@@ -109,6 +109,17 @@ def test_what_the_drive_holds_alone_is_not_waited_for(model: moelite.Model, tmp_
     else:
         pytest.skip("this file system keeps what it was told to let go of")
     assert model._decoder.cached_reads(places.get)(readings) == [True, False]
+
+
+def test_the_system_is_told_not_to_wait(
+    model: moelite.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "records").write_bytes(bytes(100))
+    places, readings = readings_of(tmp_path / "records", [50])
+    jobs, run = [], model.team.run
+    monkeypatch.setattr(model.team, "run", lambda w, *a, **o: (jobs.append(w), run(w, *a, **o)))
+    assert model._decoder.cached_reads(places.get)(readings) == [True]
+    assert [(words[0], words[5]) for words in jobs] == [(READS, os.RWF_NOWAIT)]
 
 
 # --- the cache ---

@@ -19,6 +19,8 @@ from moelite.recipe import Recipe, Rule
 
 torch = pytest.importorskip("torch")
 
+from gpu_checks import greedy  # noqa: E402
+
 from moelite.gpu import devices  # noqa: E402
 from moelite.gpu.device import Device  # noqa: E402
 
@@ -100,16 +102,6 @@ def test_every_kind_of_format_as_on_the_cpu(experts: str, tmp_path: Path) -> Non
         with moelite.load(store, **{**ON, "miss": miss}, vram="1GiB") as model:
             assert error(pieces(model), want) < 1e-3
             assert [greedy(model, seed) for seed in range(10)] == text
-
-
-def greedy(model: Any, seed: int) -> list[int]:
-    prompt = np.random.default_rng(seed).integers(3, 100, 6).tolist()
-    session, ids = model.session(), []
-    logits = session.advance(prompt)
-    for _ in range(8):
-        ids.append(int(logits.argmax()))
-        logits = session.advance(ids[-1:])
-    return ids
 
 
 def test_the_same_bits_at_every_budget_of_the_device(store: Path) -> None:

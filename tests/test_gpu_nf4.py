@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_checks
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -22,6 +21,9 @@ from moelite.recipe import Recipe, Rule
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("bitsandbytes")
+
+import gpu_checks  # noqa: E402
+from gpu_checks import greedy  # noqa: E402
 
 from moelite.gpu import bnb_products  # noqa: E402
 from moelite.gpu import model as gpu_model  # noqa: E402
@@ -74,16 +76,6 @@ def pieces(model: Any) -> np.ndarray:
         found.append(session.append(IDS[at : at + size]))
         at += size
     return np.concatenate(found)
-
-
-def greedy(model: Any, seed: int) -> list[int]:
-    prompt = np.random.default_rng(seed).integers(3, 100, 6).tolist()
-    session, ids = model.session(), []
-    logits = session.advance(prompt)
-    for _ in range(8):
-        ids.append(int(logits.argmax()))
-        logits = session.advance(ids[-1:])
-    return ids
 
 
 def budgets(store: Path) -> Iterator[int]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_checks
 import numpy as np
 import pytest
 import tiny_checkpoint
@@ -22,6 +21,8 @@ from moelite.errors import BudgetError, UnsupportedError
 from moelite.units import GIB, MIB
 
 torch = pytest.importorskip("torch")
+
+import gpu_checks  # noqa: E402
 
 from moelite.arch import GatedMLP, Norm  # noqa: E402
 from moelite.gpu import probe as probe_file  # noqa: E402

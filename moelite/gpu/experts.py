@@ -165,7 +165,8 @@ class DeviceExperts:
             )
 
         seconds(1)  # what is set up at first use
-        one, each = seconds(1), max(1e-9, (seconds(count) - seconds(1)) / max(1, count - 1))
+        one = seconds(1)
+        each = max(1e-9, (seconds(count) - one) / max(1, count - 1))
         self.piece = max(1, min(count, math.ceil((one - each) / each)))
 
     def many(self, layer: int, ids: I32, inputs: Inputs, between: Callable[[], None]) -> None:
